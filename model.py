@@ -1,0 +1,452 @@
+"""A GPT in memory and on disk: the architecture, its key/value cache, sampling, and the checkpoint file.
+
+The weights are those of Qwen3 (Yang et al. 2025, arXiv 2505.09388): RMSNorm before each sublayer, rotary positions,
+RMSNorm on every query and key head, grouped-query attention, SwiGLU, no biases. `qk_norm=False` makes it Llama.
+
+Shapes: B batch, T time (query positions), S time with the cache, H heads, K key/value heads, D width of a head,
+C width of the model (d_model), F width of the feed-forward layer (d_ff), V vocabulary.
+"""
+
+import json
+import math
+import os
+import zipfile
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100  # a target that carries no loss, as in torch.nn.functional.cross_entropy
+
+
+class InputError(Exception):
+    """Something the user can mend: a path, a flag, a file. Each script shows its one line and exits with 2."""
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes and switches of one GPT, all that is needed to rebuild it. InputError for values no model can have."""
+
+    vocab_size: int
+    context_length: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    d_model: int
+    d_ff: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    qk_norm: bool = True
+    tie_embeddings: bool = True
+
+    def __post_init__(self):
+        # Bounds far above any model this code will meet: they keep a hostile file from asking for all the memory.
+        bounds = dict(vocab_size=2**20, context_length=2**20, n_layer=2**10, n_head=2**10, n_kv_head=2**10,
+                      d_model=2**16, d_ff=2**18, head_dim=2**10)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is float and type(value) is int:
+                object.__setattr__(self, field.name, float(value))
+            elif type(value) is not field.type:
+                raise InputError(f"model config: {field.name} must be {field.type.__name__}, not {value!r:.40}")
+            if field.name in bounds and not 1 <= value <= bounds[field.name]:
+                raise InputError(f"model config: {field.name} must be from 1 to {bounds[field.name]}, not {value}")
+        if not (0 < self.norm_eps < 1 and 1 < self.rope_theta < 1e12):
+            raise InputError(f"model config: norm_eps {self.norm_eps} or rope_theta {self.rope_theta} is out of range")
+        if self.n_head % self.n_kv_head:
+            raise InputError(f"model config: n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
+        if self.head_dim % 2:
+            raise InputError(f"model config: head_dim must be even for rotary positions, not {self.head_dim}")
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "GPTConfig":
+        """The inverse of to_dict. A key that is missing or unknown is an InputError."""
+        if not isinstance(values, dict):
+            raise InputError("model config: expected a mapping of names to values")
+        known = {field.name for field in fields(cls)}
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        if unknown := sorted(map(str, values.keys() - known)):
+            raise InputError(f"model config: unknown key {unknown[0]!r:.60}")
+        if missing := sorted(required - values.keys()):
+            raise InputError(f"model config: missing key {missing[0]!r}")
+        return cls(**values)
+
+    def parameter_count(self) -> int:
+        heads, kv, width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim, self.d_model
+        block = (2 * heads + 2 * kv) * width + 3 * width * self.d_ff + 2 * width + 2 * self.head_dim * self.qk_norm
+        return self.n_layer * block + width + self.vocab_size * width * (1 if self.tie_embeddings else 2)
+
+
+# ------------------------------------------------------------------------------------------------------ layers
+
+
+class SingleDotAttention(nn.Module):
+    """Scaled dot-product attention of one head, softmax(q k^T / sqrt(D) + causal) v (Vaswani et al. 2017, eq. 1).
+
+    q is (..., T, D), k and v are (..., S, D); leading dimensions are batch and heads, k and v may have fewer heads.
+    `causal` lets position t see keys 0..t and is right only where T == S. `mask` (True or 0 = may be seen) is for
+    the rest: several tokens onto a cache, or packed documents. Returns (..., T, D). No parameters.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, mask: Optional[Tensor] = None) -> Tensor:
+        grouped = q.size(-3) != k.size(-3)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+
+
+class KVCache:
+    """Keys and values of the positions already seen, so that a new token costs one forward of length 1.
+
+    Preallocated: keys and values are lists, one (B, K, length, D) tensor a layer; `position` counts the tokens held.
+    A plain class and not a Module, so that one forward serves training, decoding and every export.
+    """
+
+    def __init__(self, keys: List[Tensor], values: List[Tensor]):
+        self.keys: List[Tensor] = keys
+        self.values: List[Tensor] = values
+        self.position: int = 0
+
+    def length(self) -> int:
+        return self.keys[0].size(2)
+
+    def truncate(self, position: int) -> None:
+        """Forgets every token from `position` on: what a chat does when the history changes."""
+        assert 0 <= position <= self.position
+        self.position = position
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
+        """Writes (B, K, T, D) of one layer behind what it holds; returns (B, K, S, D) views of all there is."""
+        end = self.position + k.size(2)
+        self.keys[layer][:, :, self.position:end] = k
+        self.values[layer][:, :, self.position:end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions, half-split form (Su et al. 2021, arXiv 2104.09864). x (B, T, H, D); cos, sin (T, 1, D/2)."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+class MultiheadAttention(nn.Module):
+    """Causal self-attention with grouped key/value heads (Ainslie et al. 2023), rotary positions and normed q and k."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.qkv = nn.Linear(config.d_model, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.attention = SingleDotAttention()
+        self.out = nn.Linear(config.n_head * config.head_dim, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: Optional[KVCache] = None,
+                causal: bool = True, mask: Optional[Tensor] = None) -> Tensor:
+        B, T, _ = x.shape
+        heads = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)  # (B, T, H, D), twice (B, T, K, D)
+        q = rotate(self.q_norm(q), cos, sin).transpose(1, 2)                         # (B, H, T, D)
+        k = rotate(self.k_norm(k), cos, sin).transpose(1, 2)                         # (B, K, T, D)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)                                         # (B, K, S, D)
+        y = self.attention(q, k, v, causal, mask)
+        return self.out(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
+
+
+class FFN(nn.Module):
+    """The feed-forward layer, SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202). Keeps (B, T, C)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)  # both in one product: fewer, larger
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One Transformer block: attention, then feed-forward, each on a normed copy and added back."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.attention_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attention = MultiheadAttention(config)
+        self.ffn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.ffn = FFN(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Optional[KVCache] = None,
+                causal: bool = True, mask: Optional[Tensor] = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, self.layer, cache, causal, mask)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+# ------------------------------------------------------------------------------------------------------- model
+
+
+class GPT(nn.Module):
+    """The whole model: token ids in, next-token logits out. `torch.jit.script(GPT(config).eval())` works."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.context_length = config.context_length
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.final_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.token_embedding.weight
+        self.reset_rotary()
+        self.reset_parameters()
+
+    @torch.jit.unused
+    def reset_rotary(self) -> None:
+        """Rotary tables (context, 1, D/2), made from the config and never saved."""
+        device = self.token_embedding.weight.device
+        half = self.config.head_dim // 2
+        frequency = self.config.rope_theta ** -(torch.arange(half, dtype=torch.float32, device=device) / half)
+        position = torch.arange(self.context_length, dtype=torch.float32, device=device)
+        angle = torch.outer(position, frequency)[:, None, :]
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    @torch.jit.unused
+    def reset_parameters(self) -> None:
+        """Normal(0, 0.02), and zero for what writes into the residual stream: each block starts as the identity."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                nn.init.ones_(parameter)
+            elif name.endswith(("attention.out.weight", "ffn.down.weight")):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+    def hidden(self, input_ids: Tensor, cache: Optional[KVCache] = None, mask: Optional[Tensor] = None) -> Tensor:
+        """The normed last layer (B, T, C) for ids (B, T). With a cache the ids follow the positions it holds."""
+        T = input_ids.size(1)
+        start, causal = 0, mask is None
+        if cache is not None:
+            start = cache.position
+            if start + T > cache.length():
+                raise ValueError("the sequence is longer than the key/value cache")
+            if start > 0 and mask is None:
+                causal = False
+                if T > 1:  # aligned to the lower right: new token t sees all that is cached, and new tokens 0..t
+                    mask = torch.ones(T, start + T, dtype=torch.bool, device=input_ids.device).tril(start)
+        if start + T > self.context_length:
+            raise ValueError("the sequence is longer than the model's context_length")
+        cos, sin = self.cos[start:start + T], self.sin[start:start + T]
+        x = self.token_embedding(input_ids)
+        for block in self.blocks:
+            x = block(x, cos, sin, cache, causal, mask)
+        if cache is not None:
+            cache.position = start + T
+        return self.final_norm(x)
+
+    def forward(self, input_ids: Tensor, targets: Optional[Tensor] = None, cache: Optional[KVCache] = None,
+                mask: Optional[Tensor] = None) -> Tuple[Tensor, Optional[Tensor]]:
+        """input_ids, targets (B, T) int64 -> logits (B, T, V) and the mean cross-entropy in nats (None without targets).
+
+        Targets of -100 carry no loss. `mask` (B, 1, T, T) replaces plain causality, for packed documents.
+        """
+        logits = self.lm_head(self.hidden(input_ids, cache, mask))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    @torch.jit.unused
+    def new_cache(self, batch_size: int = 1, length: Optional[int] = None) -> KVCache:
+        """An empty cache of `length` positions (default: the context), on the model's device, in its dtype."""
+        weight, c = self.token_embedding.weight, self.config
+        shape = (batch_size, c.n_kv_head, length or c.context_length, c.head_dim)
+        keys, values = ([weight.new_zeros(shape) for _ in range(c.n_layer)] for _ in range(2))
+        return KVCache(keys, values)
+
+    @torch.jit.unused
+    @torch.inference_mode()
+    def generate(self, prompt: Sequence[int], max_new_tokens: int, temperature: float = 0.0, top_k: int = 0,
+                 top_p: float = 1.0, repetition_penalty: float = 1.0, stop_ids: Sequence[int] = (),
+                 seed: Optional[int] = None, cache: Optional[KVCache] = None) -> Iterator[int]:
+        """Yields up to max_new_tokens ids that continue the prompt; ends before a stop id. Temperature 0 is greedy.
+
+        Past the context length it goes on from the newest half of the context. A `cache` that already holds the first
+        `cache.position` ids of the prompt saves computing them again.
+        """
+        if not prompt:
+            raise InputError("nothing to continue: the prompt is empty")
+        device = self.token_embedding.weight.device
+        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        cache = cache if cache is not None else self.new_cache()
+        ids = list(prompt)
+        fed = cache.position
+        for _ in range(max_new_tokens):
+            if len(ids) - fed + cache.position > cache.length():
+                cache.truncate(0)
+                fed = len(ids) - max(1, cache.length() // 2)
+            logits = self(torch.tensor([ids[fed:]], device=device), None, cache)[0][0, -1]
+            fed = len(ids)
+            token = sample(logits, temperature, top_k, top_p, repetition_penalty, ids, generator)
+            if token in stop_ids:
+                return
+            ids.append(token)
+            yield token
+
+    @torch.jit.unused
+    def save_pretrained(self, folder) -> None:
+        """Writes model.safetensors and config.json, which from_pretrained reads back."""
+        from safetensors.torch import save_file
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(unwrapped(self.state_dict(), self.config), Path(folder, "model.safetensors"))
+        values = {"model_type": "gpt", **self.config.to_dict()}
+        Path(folder, "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder) -> "GPT":
+        """A model in eval mode from a folder that save_pretrained wrote, or InputError."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        try:
+            values = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+            weights = load_file(Path(folder, "model.safetensors"))
+        except FileNotFoundError as error:
+            raise InputError(f"{folder}: no {Path(error.filename or 'model.safetensors').name} here") from error
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            raise InputError(f"{folder}: not a folder this project wrote ({error})") from error
+        if not isinstance(values, dict) or values.pop("model_type", None) != "gpt":
+            raise InputError(f"{folder}: config.json is not of this project (export.py --format huggingface writes it)")
+        return build_model(GPTConfig.from_dict(values), weights, str(folder))
+
+
+def sample(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+           repetition_penalty: float = 1.0, seen: Sequence[int] = (),
+           generator: Optional[torch.Generator] = None) -> int:
+    """One id drawn from logits (V,) of any runtime. Temperature 0 takes the largest; top_k 0 and top_p 1 are off.
+
+    The repetition penalty divides positive and multiplies negative logits of ids in `seen` (Keskar et al. 2019, arXiv
+    1909.05858); top_p keeps the smallest set with this share of probability (Holtzman et al. 2019, arXiv 1904.09751).
+    """
+    logits = logits.float().cpu()
+    if repetition_penalty != 1.0 and len(seen):
+        ids = torch.tensor(sorted(set(seen)))
+        value = logits[ids]
+        value = torch.where(value > 0, value / repetition_penalty, value * repetition_penalty)
+        logits = logits.index_put((ids,), value)
+    if temperature <= 0:
+        return int(logits.argmax())
+    logits = logits / temperature
+    ids: Optional[Tensor] = None
+    if 0 < top_k < logits.numel():
+        logits, ids = logits.topk(top_k)
+    if top_p < 1.0:
+        order = logits.argsort(descending=True)
+        logits, ids = logits[order], order if ids is None else ids[order]
+        mass = logits.softmax(-1)
+        before = mass.cumsum(-1) - mass  # held by the likelier ids: 0 for the first, which always stays
+        logits = logits.masked_fill(before >= top_p, -math.inf)
+    choice = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+    return choice if ids is None else int(ids[choice])
+
+
+# -------------------------------------------------------------------------------------------------- checkpoint
+
+
+def unwrapped(weights: Dict[str, Tensor], config: GPTConfig) -> Dict[str, Tensor]:
+    """Weights under their own names: without the prefixes of torch.compile and DDP, without the tied copy."""
+    plain = {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in weights.items()}
+    if config.tie_embeddings:
+        plain.pop("lm_head.weight", None)
+    return plain
+
+
+def build_model(config: GPTConfig, weights: Dict[str, Tensor], source: str) -> GPT:
+    """A model in eval mode on these very tensors; names and shapes must be the config's, or InputError names `source`."""
+    with torch.device("meta"):
+        model = GPT(config)
+    expected = unwrapped(model.state_dict(), config)
+    for name in sorted(expected.keys() | weights.keys()):
+        if name not in weights or name not in expected:
+            raise InputError(f"{source}: {'missing' if name not in weights else 'unknown'} weight {name:.80}")
+        shape = expected[name].shape
+        if not isinstance(weights[name], Tensor) or weights[name].shape != shape:
+            raise InputError(f"{source}: weight {name} does not have the shape {tuple(shape)} of its config")
+    model.load_state_dict(weights, strict=not config.tie_embeddings, assign=True)
+    if config.tie_embeddings:
+        model.lm_head.weight = model.token_embedding.weight
+    model.reset_rotary()
+    return model.requires_grad_(True).eval()
+
+
+@dataclass
+class Checkpoint:
+    """The whole model in one file: config, weights, tokenizer (a plain dict never looked into here), training state.
+
+    Tensors and plain Python only: reading runs no code. Written aside, flushed, then renamed: the file is always whole.
+    """
+
+    config: GPTConfig
+    weights: Dict[str, Tensor]
+    tokenizer: dict
+    training: Optional[dict] = None
+
+    VERSION = 1
+
+    def save(self, path) -> None:
+        path = Path(path)
+        content = {"format": "gpt", "version": self.VERSION, "config": self.config.to_dict(),
+                   "weights": unwrapped(self.weights, self.config), "tokenizer": self.tokenizer,
+                   "training": self.training}
+        aside = path.with_name(path.name + ".tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(aside, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        except (OSError, RuntimeError) as error:  # torch wraps a full disk into a RuntimeError
+            aside.unlink(missing_ok=True)
+            raise InputError(f"cannot write {path}: {error}".splitlines()[0]) from error
+
+    @classmethod
+    def load(cls, path) -> "Checkpoint":
+        """Reads a checkpoint, tensors mapped from the file. InputError: missing, cut off, not ours, a newer format."""
+        path = Path(path)
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "no such file"
+            raise InputError(f"{path}: {what}; `python train.py` makes checkpoints/best_model.pt")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    raise InputError(f"{path}: refused, it would unpack to more than its own size")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except InputError:
+            raise
+        except zipfile.BadZipFile as error:
+            raise InputError(f"{path}: not a checkpoint, or cut off ({path.stat().st_size} bytes)") from error
+        except Exception as error:  # whatever a damaged or hostile file makes the unpickler raise
+            raise InputError(f"{path}: not a checkpoint of train.py, or damaged ({type(error).__name__})") from error
+        if not isinstance(content, dict) or content.get("format") != "gpt":
+            raise InputError(f"{path}: a PyTorch file, but not a checkpoint of train.py")
+        if content.get("version") != cls.VERSION:
+            raise InputError(f"{path}: format {content.get('version')!r:.20}, but this code reads {cls.VERSION}: update it")
+        config, weights, tokenizer = (content.get(key) for key in ("config", "weights", "tokenizer"))
+        if not isinstance(weights, dict) or not isinstance(tokenizer, dict):
+            raise InputError(f"{path}: damaged, weights or tokenizer are missing")
+        return cls(GPTConfig.from_dict(config), weights, tokenizer, content.get("training"))
+
+    def build_model(self, device="cpu") -> GPT:
+        """The model, in eval mode, on `device`."""
+        return build_model(self.config, self.weights, "checkpoint").to(device)
