@@ -258,7 +258,7 @@ class GPT(nn.Module):
 
     def forward(self, input_ids: Tensor, targets: Optional[Tensor] = None, cache: Optional[KVCache] = None,
                 mask: Optional[Tensor] = None) -> Tuple[Tensor, Optional[Tensor]]:
-        """input_ids, targets (B, T) int64 -> logits (B, T, V) and the mean cross-entropy in nats (None without targets).
+        """input_ids, targets (B, T) int64 -> logits (B, T, V) and the mean cross-entropy in nats (or None).
 
         Targets of -100 carry no loss. `mask` (B, 1, T, T) replaces plain causality, for packed documents.
         """
@@ -372,7 +372,7 @@ def unwrapped(weights: Dict[str, Tensor], config: GPTConfig) -> Dict[str, Tensor
 
 
 def build_model(config: GPTConfig, weights: Dict[str, Tensor], source: str) -> GPT:
-    """A model in eval mode on these very tensors; names and shapes must be the config's, or InputError names `source`."""
+    """A model in eval mode on these very tensors; InputError names `source` if they do not fit the config."""
     with torch.device("meta"):
         model = GPT(config)
     expected = unwrapped(model.state_dict(), config)
@@ -441,7 +441,7 @@ class Checkpoint:
         if not isinstance(content, dict) or content.get("format") != "gpt":
             raise InputError(f"{path}: a PyTorch file, but not a checkpoint of train.py")
         if content.get("version") != cls.VERSION:
-            raise InputError(f"{path}: format {content.get('version')!r:.20}, but this code reads {cls.VERSION}: update it")
+            raise InputError(f"{path}: format {content.get('version')!r:.20}, this code reads {cls.VERSION}")
         config, weights, tokenizer = (content.get(key) for key in ("config", "weights", "tokenizer"))
         if not isinstance(weights, dict) or not isinstance(tokenizer, dict):
             raise InputError(f"{path}: damaged, weights or tokenizer are missing")
