@@ -193,6 +193,48 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of `x @ weight.T` that never holds all its logits: chunk by chunk, gradients on the way.
+
+    x (N, C), weight (V, C), targets (N,) int64 with -100 ignored -> nats, a scalar float32. The same arithmetic as
+    F.cross_entropy(F.linear(x, weight), targets, reduction="sum") with 1/N of the memory (cf. Wijmans et al. 2024,
+    arXiv 2411.09009).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        x_cast, weight_cast = x.to(dtype), weight.to(dtype)
+        # A chunk of logits that stays in a CPU's cache; on a GPU, one that fills the machine.
+        rows = max(64, 2 ** (22 if kind == "cpu" else 28) // weight.size(0))
+        needs_grad = any(ctx.needs_input_grad)
+        grad_x = torch.empty_like(x_cast) if needs_grad else None
+        grad_weight = torch.zeros_like(weight_cast, dtype=torch.float32) if needs_grad else None
+        total = x.new_zeros((), dtype=torch.float32)
+        for chunk, target, into in zip(x_cast.split(rows), targets.split(rows),
+                                       grad_x.split(rows) if needs_grad else x_cast.split(rows), strict=True):
+            keep = (target >= 0)[:, None]
+            target = target.clamp(min=0)[:, None]
+            logits = F.linear(chunk, weight_cast).float()
+            log_normaliser = logits.logsumexp(-1, keepdim=True)
+            total += (log_normaliser - logits.gather(1, target)).mul(keep).sum()
+            if needs_grad:
+                probability = logits.sub_(log_normaliser).exp_()
+                probability.scatter_add_(1, target, torch.full_like(log_normaliser, -1.0))
+                error = probability.mul_(keep).to(dtype)  # d loss / d logits
+                torch.mm(error, weight_cast, out=into)
+                grad_weight += error.T @ chunk
+        if needs_grad:
+            ctx.save_for_backward(grad_x.to(x.dtype), grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_total, grad_weight * grad_total, None
+
+
 # ------------------------------------------------------------------------------------------------------- model
 
 
@@ -266,6 +308,15 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    @torch.jit.unused
+    def loss(self, input_ids: Tensor, targets: Tensor, mask: Optional[Tensor] = None) -> Tensor:
+        """Training's form of forward: the cross-entropy summed over the targets that are not -100, a scalar in nats."""
+        x, targets = self.hidden(input_ids, None, mask).flatten(0, 1), targets.flatten()
+        if x.device.type == "cpu":  # most of a chat carries no loss; on a GPU picking would stall it
+            kept = (targets >= 0).nonzero().squeeze(1)
+            x, targets = x[kept], targets[kept]
+        return LinearCrossEntropy.apply(x, self.lm_head.weight, targets)
 
     @torch.jit.unused
     def new_cache(self, batch_size: int = 1, length: Optional[int] = None) -> KVCache:
