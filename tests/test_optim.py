@@ -1,0 +1,83 @@
+"""optim.py: what orthogonalizing does, and that one Muon step is the plain formula for every matrix on its own."""
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from optim import Muon, make_optimizers, orthogonalize
+
+SIZES = dict(vocab_size=61, context_length=16, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=40, head_dim=8)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40), (2, 40, 8), (1, 1, 12)])
+def test_orthogonalizing_keeps_the_directions_and_sets_all_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
+    result = orthogonalize(matrices)
+    values = torch.linalg.svdvals(result)
+    # a square random matrix has values near 0 in any sample, which five steps lift only part of the way
+    assert values.max() < 1.2
+    assert values.median() > 0.8
+    in_their_basis = u.mT @ result @ vt.mT
+    off_diagonal = in_their_basis - torch.diag_embed(in_their_basis.diagonal(dim1=-2, dim2=-1))
+    assert off_diagonal.abs().max() < 1e-3
+
+
+def test_a_stack_is_orthogonalized_as_each_matrix_alone():
+    matrices = torch.randn(5, 12, 20)
+    torch.testing.assert_close(orthogonalize(matrices),
+                               torch.cat([orthogonalize(m[None]) for m in matrices]), atol=1e-5, rtol=1e-4)
+
+
+def a_model_with_gradients() -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SIZES))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return model
+
+
+def test_one_step_is_the_plain_formula_for_every_matrix_and_fused_rows_are_matrices_of_their_own():
+    model = a_model_with_gradients()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    muon, adamw = make_optimizers(model, matrix_lr=0.1, other_lr=0.01, weight_decay=0.5)
+    muon.found_inf = adamw.found_inf = torch.zeros(())
+    muon.step()
+    adamw.step()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or not name.startswith("blocks."):
+            change = (parameter - before[name]).abs()
+            torch.testing.assert_close(change, torch.full_like(change, 0.01), atol=1e-5, rtol=1e-3)
+            continue
+        rows = [32, 16, 16] if "qkv" in name else [40, 40] if "gate_up" in name else [parameter.size(0)]
+        momentum = 0.05 * parameter.grad
+        nesterov = parameter.grad.lerp(momentum, 0.95)
+        update = torch.cat([orthogonalize(part[None])[0] * max(1.0, part.size(0) / part.size(1)) ** 0.5
+                            for part in nesterov.split(rows)])
+        torch.testing.assert_close(parameter.data, before[name] * (1 - 0.1 * 0.5) - 0.1 * update, atol=1e-5, rtol=1e-4)
+
+
+def test_every_parameter_has_exactly_one_optimizer():
+    model = a_model_with_gradients()
+    held = [id(p) for optimizer in make_optimizers(model, 0.1, 0.1, 0.0)
+            for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+def test_a_step_with_found_inf_changes_nothing():
+    model = a_model_with_gradients()
+    optimizers = make_optimizers(model, 0.1, 0.1, 0.5)
+    for found_inf in (0.0, 1.0):
+        before = [p.detach().clone() for p in model.parameters()]
+        momenta = [s["momentum"].clone() for s in optimizers[0].state.values()]
+        for optimizer in optimizers:
+            optimizer.found_inf = torch.tensor(found_inf)
+            optimizer.step()
+        same = [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert all(same) if found_inf else not any(same)
+        for parameter in model.parameters():
+            parameter.grad.fill_(float("nan"))
+    after = [s["momentum"] for s in optimizers[0].state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(momenta, after, strict=True))
+    assert isinstance(optimizers[0], Muon)
