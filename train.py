@@ -1,0 +1,832 @@
+"""Train a GPT on your text or chats.
+
+    python train.py                                      # the embedded corpus, on whatever device there is
+    python train.py --data_path my.txt more/*.jsonl      # your own, in the forms the README lists
+    python train.py --resume                             # go on from checkpoints/last.pt
+
+Writes checkpoints/best_model.pt (lowest validation loss), last.pt (to resume from), metrics.jsonl and loss.png.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Iterator, List, Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import Batch, Packed, Prepared, Tokenizer, document_mask, masked_sample, prepare
+from model import GPT, IGNORE, Checkpoint, GPTConfig, InputError
+from optim import make_optimizers
+
+HERE = Path(__file__).resolve().parent
+
+# A preset answers what the flags leave open. Sizes in parameters; the vocabulary follows from the data.
+PRESETS = {
+    "tiny": dict(n_layer=4, n_head=4, n_kv_head=4, d_model=256, d_ff=704, context_length=256, batch_size=16,
+                 matrix_lr=0.02, other_lr=0.004),
+    "26m": dict(n_layer=8, n_head=8, n_kv_head=2, d_model=512, d_ff=1408, context_length=512, batch_size=32,
+                matrix_lr=0.02, other_lr=0.003),
+    "64m": dict(n_layer=8, n_head=12, n_kv_head=4, d_model=768, d_ff=2048, context_length=512, batch_size=64,
+                matrix_lr=0.02, other_lr=0.003),
+    "124m": dict(n_layer=12, n_head=12, n_kv_head=12, d_model=768, d_ff=2048, context_length=1024, batch_size=256,
+                 matrix_lr=0.02, other_lr=0.002),
+}
+
+
+ARCHITECTURE = ("context_length", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff", "qk_norm", "tie_embeddings")
+
+
+def setting(default, text: str, **more):
+    return field(default=default, metadata=dict(help=text, **more))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every setting of a run; the command line is derived from it. None: from the preset, the data or the device."""
+
+    data_path: Optional[List[str]] = setting(None, "files, folders or globs to train on (default: the embedded corpus)")
+    out_dir: str = setting("checkpoints", "where checkpoints, metrics and the loss curve go")
+    preset: Optional[str] = setting(None, "model size (default: tiny on a CPU, 26m on a GPU)", choices=sorted(PRESETS))
+    epochs: Optional[float] = setting(None, "passes over the data")
+    max_minutes: Optional[float] = setting(None, "end, annealed, after this many minutes")
+    batch_size: Optional[int] = setting(None, "rows of context_length tokens a step, over all devices")
+    grad_accumulation: int = setting(1, "parts a step's batch is computed in, one after the other; saves memory")
+    context_length: Optional[int] = setting(None, "tokens the model sees at once")
+    n_layer: Optional[int] = setting(None, "blocks")
+    n_head: Optional[int] = setting(None, "attention heads")
+    n_kv_head: Optional[int] = setting(None, "key/value heads; n_head must be a multiple")
+    d_model: Optional[int] = setting(None, "width of the model")
+    d_ff: Optional[int] = setting(None, "width of the feed-forward layers")
+    qk_norm: bool = setting(True, "norm queries and keys (Qwen3); off makes a Llama")
+    tie_embeddings: bool = setting(True, "use the embedding as output layer")
+    tokenizer: Optional[str] = setting(None, "a tiktoken encoding in place of a BPE trained on the data",
+                                       choices=["gpt2", "cl100k_base", "o200k_base"])
+    vocab_size: Optional[int] = setting(None, "size of the trained BPE (default: from the size of the data)")
+    matrix_lr: Optional[float] = setting(None, "peak learning rate of Muon, for the matrices in the blocks")
+    other_lr: Optional[float] = setting(None, "peak learning rate of AdamW, for embeddings and norms")
+    weight_decay: float = setting(0.1, "of the matrices, times the learning rate")
+    warmup: float = setting(0.02, "share of the run in which the learning rate rises")
+    grad_clip: float = setting(1.0, "largest norm of the gradient")
+    eval_interval: Optional[int] = setting(None, "steps between evaluations (default: 20 in a run)")
+    eval_tokens: int = setting(65536, "tokens of the validation split to evaluate on, at most")
+    seed: int = setting(0, "fixes the weights and the order of the data")
+    init_from: Optional[str] = setting(None, "start from this checkpoint's weights and tokenizer (fine-tuning)")
+    resume: bool = setting(False, "go on from last.pt in out_dir")
+    device: Optional[str] = setting(None, "cpu, cuda, cuda:1, mps ... (default: the best there is)")
+    dtype: Optional[str] = setting(None, "of the products (default: bfloat16 where the device has it)",
+                                   choices=["float32", "bfloat16"])
+    compile: Optional[bool] = setting(None, "torch.compile (default: on a GPU that has triton)")
+    fsdp: bool = setting(False, "shard weights over the processes of torchrun, for a model too large for one card")
+    tensorboard: bool = setting(False, "also log to out_dir/tensorboard (pip install tensorboard)")
+    cache_dir: str = setting(str(HERE / ".cache"), "where prepared tokens are kept")
+
+
+@dataclass
+class Progress:
+    """All that the loop carries from step to step, saved in last.pt: a resumed run is one that never stopped."""
+
+    step: int = 0
+    epoch: int = 0
+    row: int = 0  # next row of the epoch
+    tokens: int = 0  # targets trained on
+    seconds: float = 0.0  # of training, start-up included
+    best_loss: float = math.inf
+    rising: int = 0  # evaluations in a row that were worse than the best
+    skipped: int = 0  # steps thrown away for a NaN or infinity
+    skipped_in_a_row: int = 0
+    reduced: int = 1  # times the micro-batch was halved for memory, as a factor
+
+
+# ----------------------------------------------------------------------------------------------- where to run
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this run (torchrun sets RANK and its like) and the device of this one."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+@contextmanager
+def open_world(name: Optional[str]) -> Iterator[World]:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not available here ({str(error).splitlines()[0]:.80})") from error
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(device)
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(device, rank, size)
+    finally:
+        dist.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep large freed blocks: giving them back costs a quarter of a CPU step in page faults."""
+    if sys.platform == "linux":
+        import ctypes
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Refuses a second run into the same folder. The system drops the lock with the process, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")
+    except OSError as error:
+        raise InputError(f"--out_dir {folder}: cannot write there ({error.strerror})") from error
+    with file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"--out_dir {folder}: another training run is writing there; choose another") from error
+        yield
+
+
+class Stop:
+    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads between steps; a second one ends at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self)
+
+    def __call__(self, number, frame):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+
+
+# -------------------------------------------------------------------------------------------- model and batches
+
+
+class LossModule(nn.Module):
+    """What DistributedDataParallel and torch.compile wrap: a batch in, the summed loss out."""
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, targets: Tensor, documents: Optional[Tensor] = None) -> Tensor:
+        mask = None if documents is None else document_mask(documents)
+        return self.model.loss(input_ids, targets, mask)
+
+
+def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    if config.d_model % config.n_head:
+        raise InputError(f"--d_model {config.d_model} must be a multiple of --n_head {config.n_head}")
+    return GPTConfig(vocab_size=vocab_size, head_dim=config.d_model // config.n_head,
+                     **{name: getattr(config, name) for name in ARCHITECTURE})
+
+
+def tensors(batch: Batch) -> tuple[Optional[Tensor], ...]:
+    return batch.input_ids, batch.targets, batch.documents
+
+
+class Batches:
+    """This process's share of each step's rows, one step ahead of the model, in pinned memory for a GPU.
+
+    A pure function of (epoch, row): nothing to save but the position. The next batch is `take()`n; its rows are
+    rank, rank + size, ... of the global batch.
+    """
+
+    def __init__(self, packed: Packed, batch_size: int, world: World, epoch: int, row: int):
+        self.packed, self.batch_size, self.world = packed, batch_size, world
+        self.pool = ThreadPoolExecutor(1)
+        self.ahead = self.pool.submit(self.make, epoch, row)
+
+    def make(self, epoch: int, row: int):
+        rows = self.packed.rows(epoch)
+        if row >= rows:
+            epoch, row = epoch + 1, 0
+            rows = self.packed.rows(epoch)
+        end = min(row + self.batch_size, rows)
+        mine = list(range(row, end))[self.world.rank::self.world.size]
+        on_gpu = self.world.device.type == "cuda"
+        # The last batch of an epoch may be short: a process may get no row, and a compiled step wants one shape.
+        wanted = -(-self.batch_size // self.world.size) if on_gpu else max(1, len(mine))
+        batch = self.packed.batch(epoch, mine + [row] * (wanted - len(mine)))
+        batch.targets[len(mine):] = IGNORE
+        if on_gpu:
+            batch = Batch(*(None if t is None else t.pin_memory() for t in tensors(batch)))
+        return batch, epoch, end, rows
+
+    def take(self) -> tuple[Batch, int, int, int]:
+        """The batch, the (epoch, row) after it, and the rows of that epoch."""
+        taken = self.ahead.result()
+        self.ahead = self.pool.submit(self.make, *taken[1:3])
+        return taken
+
+    def close(self):
+        self.pool.shutdown(cancel_futures=True)
+
+
+# ------------------------------------------------------------------------------------------- schedule and plan
+
+
+def share_done(config: TrainConfig, progress: Progress, rows: int) -> float:
+    """How much of the run is over, from 0 to 1: by epochs or by time, whichever is further."""
+    by_epochs = (progress.epoch + progress.row / rows) / config.epochs if config.epochs else 0.0
+    by_time = progress.seconds / (60 * config.max_minutes) if config.max_minutes else 0.0
+    return max(by_epochs, by_time)
+
+
+def learning_rate(done: float, warmup: float) -> float:
+    """Factor on the peak rates: up in a straight line over `warmup`, then down in one to zero at the end."""
+    return max(0.0, min(1.0, (done + 0.001) / warmup if warmup else 1.0, (1 - done) / (1 - warmup)))
+
+
+def count(n: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.0f}"
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory held so far by this process, on the GPU where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if os.name == "nt":
+        return float("nan")
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# ------------------------------------------------------------------------------------------------- one training
+
+
+class Trainer:
+    """One model in training: gradients, evaluation, sample replies, and the files of the run."""
+
+    def __init__(self, config: TrainConfig, world: World, prepared: Prepared, start: Optional[Checkpoint]):
+        self.config, self.world, self.prepared = config, world, prepared
+        self.folder = Path(config.out_dir)
+        self.tokenizer = prepared.tokenizer
+        self.train_rows = prepared.split("train", config.context_length, config.seed)
+        self.val_rows = prepared.split("val", config.context_length, config.seed)
+        torch.manual_seed(config.seed)
+        wanted = model_config(config, self.tokenizer.vocab_size)
+        if start is None:
+            self.model = GPT(wanted).to(world.device)
+        else:
+            self.model = start.build_model().to(world.device)
+            self.model.train()
+        self.module: nn.Module = LossModule(self.model)
+        if config.fsdp and world.size > 1:
+            from torch.distributed.fsdp import fully_shard
+            for block in self.model.blocks:
+                fully_shard(block)
+            fully_shard(self.module)
+        elif world.size > 1:
+            self.module = nn.parallel.DistributedDataParallel(self.module, gradient_as_bucket_view=True)
+        self.optimizers = make_optimizers(self.model, config.matrix_lr, config.other_lr, config.weight_decay)
+        self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+        self.eager = self.module
+        if config.compile:
+            self.module = torch.compile(self.module)
+
+    def loss(self, batch: Batch) -> Tensor:
+        moved = (None if t is None else t.to(self.world.device, non_blocking=True) for t in tensors(batch))
+        with self.autocast:
+            return self.module(*moved)
+
+    def gradients(self, batch: Batch, parts: int) -> tuple[Tensor, Tensor]:
+        """Leaves the gradient of the mean loss over the global batch; returns the summed loss, the targets in all."""
+        targets = self.world.sum((batch.targets >= 0).sum().to(self.world.device, torch.float32)).clamp(min=1)
+        total = torch.zeros((), device=self.world.device)
+        chunks = [t.chunk(parts) for t in tensors(batch) if t is not None]
+        pieces = [Batch(*(*piece, None)[:3]) for piece in zip(*chunks, strict=True)]
+        for number, piece in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with nullcontext() if last or not hasattr(self.module, "no_sync") else self.module.no_sync():
+                loss = self.loss(piece)
+                (loss * (self.world.size / targets)).backward()  # the processes' gradients are averaged, not summed
+            total += loss.detach()
+        return total, targets
+
+    def try_gradients(self, batch: Batch, progress: Progress) -> tuple[Tensor, Tensor]:
+        """`gradients`, with the micro-batch halved as often as memory demands, and eager where compiling fails."""
+        while True:
+            parts = min(self.config.grad_accumulation * progress.reduced, len(batch.input_ids))
+            try:
+                return self.gradients(batch, parts)
+            except (MemoryError, RuntimeError) as error:
+                self.zero_grad()
+                no_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate" in str(error)
+                if no_memory and parts < len(batch.input_ids) and self.world.size == 1:
+                    progress.reduced *= 2
+                    if self.world.device.type == "cuda":
+                        torch.cuda.empty_cache()
+                    tqdm.write(f"out of memory: each step now runs in {parts * 2} parts, the batch stays as it was")
+                elif no_memory:
+                    raise InputError("out of memory: choose a smaller --preset, --context_length or, on several "
+                                     "GPUs, a larger --grad_accumulation") from error
+                elif self.module is not self.eager:
+                    self.module = self.eager
+                    tqdm.write(f"torch.compile failed ({type(error).__name__}); going on without it")
+                else:
+                    raise
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def update(self, factor: float) -> Tensor:
+        """One optimizer step at `factor` of the peak rates; returns 1.0 where a NaN or infinity made it do nothing."""
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        found_inf = 1.0 - norm.isfinite().float()
+        for optimizer in self.optimizers:
+            optimizer.found_inf = found_inf
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+            optimizer.step()
+        self.zero_grad()
+        return found_inf
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Validation loss in nats a target and in bits a byte, over the first eval_tokens tokens of the split."""
+        rows = max(1, min(self.val_rows.rows(0), self.config.eval_tokens // self.config.context_length))
+        nats, targets, octets = torch.zeros(3, dtype=torch.float64)
+        size = max(1, self.config.batch_size // self.config.grad_accumulation // self.world.size)
+        mine = list(range(rows))[self.world.rank::self.world.size]
+        turns = -(-rows // self.world.size)  # the same for every process: under fsdp each forward is a joint one
+        for at in range(0, turns, size):
+            part = mine[at:at + size]
+            batch = self.val_rows.batch(0, part or [0])
+            if not part:
+                batch.targets.fill_(IGNORE)
+            nats += self.loss(batch).double().cpu()
+            targets += (batch.targets >= 0).sum()
+            octets += self.tokenizer.token_byte_lengths[batch.targets[batch.targets >= 0].numpy()].sum()
+        sums = self.world.sum(torch.stack((nats, targets, octets)).to(self.world.device, torch.float32)).tolist()
+        return sums[0] / max(1, sums[1]), sums[0] / math.log(2) / max(1, sums[2])
+
+    def sample_reply(self) -> str:
+        """What the model makes of one fixed prompt of the validation split."""
+        batch = self.val_rows.batch(0, [0])
+        start = int((batch.targets[0] >= 0).nonzero()[0]) + 1
+        prompt = batch.input_ids[0, :max(start, 12)] if not self.prepared.is_chat else batch.input_ids[0, :start]
+        stops = (self.tokenizer.im_end_id, self.tokenizer.end_of_text_id)
+        self.model.eval()
+        reply = list(self.model.generate(prompt.tolist(), 48, stop_ids=stops))
+        self.model.train()
+        asked, said = self.tokenizer.decode(prompt.tolist()), self.tokenizer.decode(reply)
+        for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
+            asked = asked.replace(token, "")
+        return f"{' '.join(asked.split())[-60:]} -> {' '.join(said.split())}"
+
+    # -- what last.pt needs beyond the weights
+
+    def state(self, progress: Progress, summary: dict) -> dict:
+        return {"config": asdict(self.config), "progress": asdict(progress), "summary": summary,
+                "data": data_identity(self.prepared), "random_state": torch.get_rng_state(),
+                "optimizers": [whole(optimizer.state_dict()) for optimizer in self.optimizers]}
+
+    def restore(self, training: dict) -> None:
+        for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for index, values in state["state"].items():
+                like = parameters[index]
+                if hasattr(like, "full_tensor"):
+                    from torch.distributed.tensor import distribute_tensor
+                    for name, value in values.items():
+                        if value.shape == like.shape:
+                            values[name] = distribute_tensor(value, like.device_mesh, like.placements)
+            peaks = [group["peak_lr"] for group in optimizer.param_groups]
+            optimizer.load_state_dict(state)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["peak_lr"] = peak  # a flag given with --resume wins
+        torch.set_rng_state(training["random_state"])
+
+
+def data_identity(prepared: Prepared) -> list:
+    """Two numbers that change whenever a record or the tokenizer does."""
+    return [len(prepared.tokens), zlib.crc32(prepared.checksums)]
+
+
+def whole(tree):
+    """The same nest of dicts and lists with sharded tensors gathered and every tensor on the CPU."""
+    if isinstance(tree, Tensor):
+        return (tree.full_tensor() if hasattr(tree, "full_tensor") else tree).detach().cpu()
+    if isinstance(tree, dict):
+        return {key: whole(value) for key, value in tree.items()}
+    return [whole(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+# -------------------------------------------------------------------------------------------------- the run
+
+
+def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """Fills what the flags left open from the preset and the device."""
+    on_gpu = device.type == "cuda"
+    name = config.preset or ("26m" if on_gpu else "tiny")
+    open_values = dict(PRESETS[name], preset=name, eval_tokens=2**19 if on_gpu else 2**14,
+                       data_path=[str(HERE / "corpus")],
+                       dtype="bfloat16" if on_gpu and torch.cuda.is_bf16_supported(False) else "float32")
+    if config.epochs is None and config.max_minutes is None:  # both: whichever is over first
+        open_values.update(epochs=10.0, max_minutes=9.0 if name == "tiny" else 60.0)
+    if config.compile is None:
+        from importlib.util import find_spec
+        open_values["compile"] = on_gpu and find_spec("triton") is not None
+    config = replace(config, **{key: value for key, value in open_values.items() if getattr(config, key) is None})
+    for key, least in (("batch_size", 1), ("grad_accumulation", 1), ("context_length", 2), ("eval_tokens", 1)):
+        if getattr(config, key) < least:
+            raise InputError(f"--{key} must be at least {least}, not {getattr(config, key)}")
+    for key in ("epochs", "max_minutes", "matrix_lr", "other_lr", "grad_clip", "eval_interval"):
+        value = getattr(config, key)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{key} must be above 0, not {value}")
+    if not 0 <= config.warmup < 1:
+        raise InputError(f"--warmup must be from 0 to below 1, not {config.warmup}")
+    return config
+
+
+def resumed(config: TrainConfig, typed: dict, path: Path) -> tuple[TrainConfig, Checkpoint]:
+    """The settings of the interrupted run, under those typed now; its checkpoint."""
+    start = Checkpoint.load(path)
+    if not start.training or "optimizers" not in start.training:
+        raise InputError(f"{path}: holds no training state; --resume wants last.pt, --init_from any checkpoint")
+    before = start.training["config"]
+    for name in (*ARCHITECTURE, "preset", "tokenizer", "vocab_size", "seed", "data_path", "init_from"):
+        if name in typed and typed[name] != before[name]:
+            raise InputError(f"--{name} cannot change on --resume: it was {before[name]}, not {typed[name]}; "
+                             "start a run of its own with --init_from")
+    known = {f.name for f in fields(TrainConfig)}
+    settings = {name: value for name, value in before.items() if name in known}
+    for name in ("device", "dtype", "compile"):  # of the machine, not of the run
+        settings[name] = getattr(config, name)
+    return replace(TrainConfig(**settings), **typed), start
+
+
+def train(config: TrainConfig, typed: Optional[dict] = None) -> None:
+    """Runs one training to its end, its budget or a signal. `typed` names the flags given beside --resume."""
+    began = time.monotonic()
+    with open_world(config.device) as world:
+        folder = Path(config.out_dir)
+        with lock(folder) if world.first else nullcontext():
+            start = None
+            if config.resume:
+                config, start = resumed(config, typed or {}, folder / "last.pt")
+            elif config.init_from:
+                start = Checkpoint.load(config.init_from)
+                config = replace(config, **{name: getattr(start.config, name) for name in ARCHITECTURE})
+            config = settle(config, world.device)
+            prepared = read_data(config, world, start)
+            trainer = Trainer(config, world, prepared, start)
+            progress = Progress(seconds=time.monotonic() - began)
+            if config.resume:
+                if data_identity(prepared) != start.training["data"]:
+                    raise InputError("--resume: the training data is not what it was; start anew with --init_from")
+                trainer.restore(start.training)
+                progress = Progress(**start.training["progress"])
+            elif world.first:
+                keep_previous(folder)
+            run(trainer, progress)
+
+
+def read_data(config: TrainConfig, world: World, start: Optional[Checkpoint]) -> Prepared:
+    """Tokens from the cache or made now, by the first process alone; the tokenizer of `start` where there is one."""
+    tokenizer = Tokenizer.from_dict(start.tokenizer) if start else config.tokenizer
+    bar = tqdm(total=1.0, desc="reading", unit_scale=True, leave=False, disable=not world.first)
+
+    def show(done: int, total: int, what: str) -> None:
+        bar.total, bar.n = total, done
+        bar.set_description(what, refresh=False)
+        bar.refresh()
+
+    if not world.first:
+        dist.barrier()
+    with bar:
+        prepared = prepare(config.data_path, tokenizer, config.vocab_size, config.cache_dir, show)
+    if world.first and world.size > 1:
+        dist.barrier()
+    return prepared
+
+
+def keep_previous(folder: Path) -> None:
+    """A new run moves the last one's files into `previous/`, so that a forgotten --out_dir costs nothing."""
+    old = [folder / name for name in ("best_model.pt", "last.pt", "metrics.jsonl", "loss.png")]
+    if any(path.exists() for path in old):
+        (folder / "previous").mkdir(exist_ok=True)
+        for path in old:
+            (folder / "previous" / path.name).unlink(missing_ok=True)
+            if path.exists():
+                path.rename(folder / "previous" / path.name)
+
+
+def run(trainer: Trainer, progress: Progress) -> None:
+    """The loop, from the plan to the last checkpoint."""
+    config, world, folder = trainer.config, trainer.world, trainer.folder
+    say = tqdm.write if world.first else (lambda text: None)
+    stop = Stop()
+    batches = Batches(trainer.train_rows, config.batch_size, world, progress.epoch, progress.row)
+    plan(trainer, progress, batches, say)
+    metrics = Metrics(trainer, progress)
+    log_every = 1 if world.device.type == "cpu" else 10
+    skipped = torch.zeros(2, device=world.device)  # in all, in a row
+    rows = batches.ahead.result()[3]
+    done = share_done(config, progress, rows)
+    bar = tqdm(total=100, initial=100 * done, disable=not world.first, unit="%",
+               bar_format="{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}")
+    clock = time.monotonic() - progress.seconds
+    saved = time.monotonic()
+    loss_sum = torch.zeros(2, device=world.device)  # nats and targets since the last line of metrics
+    while done < 1:
+        batch, epoch, row, rows = batches.take()
+        total, targets = trainer.try_gradients(batch, progress)
+        found_inf = trainer.update(learning_rate(done, config.warmup))
+        skipped = torch.stack((skipped[0] + found_inf, (skipped[1] + 1) * found_inf))
+        loss_sum += torch.where(found_inf > 0, 0.0, torch.stack((world.sum(total), targets)))
+        progress.step, progress.epoch, progress.row = progress.step + 1, epoch, row
+        before = done
+        if progress.step % log_every == 0:  # the only place where the host waits for the device
+            progress.seconds, stop.signal = agree(world, time.monotonic() - clock, stop.signal)
+            metrics.step(progress, loss_sum, skipped, bar)
+        done = share_done(config, progress, rows)
+        bar.update(min(100.0, 100 * done) - bar.n)
+        interval = config.eval_interval
+        if done >= 1 or (progress.step % interval == 0 if interval else int(20 * done) > int(20 * before)):
+            loss, bits = trainer.evaluate()
+            metrics.evaluation(progress, rows, loss, bits, say)
+            saved = 0.0
+        if progress.skipped_in_a_row >= 20:
+            raise InputError(f"the loss has been NaN or infinite for {progress.skipped_in_a_row} steps in a row; "
+                             f"{folder / 'last.pt'} holds the last good state; try half the --matrix_lr and --other_lr")
+        if stop.signal or time.monotonic() - saved > 60:
+            metrics.save("last.pt", progress)
+            saved = time.monotonic()
+        if stop.signal:
+            bar.close()
+            say(f"stopped at step {progress.step}, all is saved; go on with: python train.py --resume"
+                + (f" --out_dir {folder}" if str(folder) != "checkpoints" else ""))
+            raise SystemExit(128 + stop.signal)
+    bar.close()
+    batches.close()
+    metrics.finish(progress, say)
+
+
+def agree(world: World, seconds: float, signal_number: int) -> tuple[float, int]:
+    """The same clock and the same signal on every process, so that all take the same step and stop at the same one."""
+    if world.size > 1:
+        values = torch.tensor([seconds, float(signal_number)], device=world.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        seconds, signal_number = values.tolist()
+    return seconds, int(signal_number)
+
+
+def plan(trainer: Trainer, progress: Progress, batches: Batches, say) -> None:
+    """Says what the run will be before it starts: sizes, steps, memory and, from a short probe, speed and end."""
+    config, world, prepared = trainer.config, trainer.world, trainer.prepared
+    report = prepared.report
+    say(f"data     {', '.join(config.data_path)}: {report.records:,} records, {count(len(prepared.tokens))} tokens"
+        + (f", {count(int(prepared.supervised.sum()))} of them trained on" if prepared.is_chat else ""))
+    if report.skipped:
+        say(f"         {report.skipped:,} bad records skipped: " + "; ".join(report.reasons))
+    c = trainer.model.config
+    say(f"model    {count(c.parameter_count())} parameters: {c.n_layer} blocks of width {c.d_model}, {c.n_head} heads, "
+        f"vocabulary {c.vocab_size:,}, context {c.context_length}")
+    if prepared.is_chat:
+        spans = "".join(f"[{text}]" if kept else text for text, kept in masked_sample(prepared))
+        say("sample   the loss counts what stands in brackets\n  " + spans.strip().replace("\n", "\n  "))
+    batch, _, _, rows = batches.ahead.result()
+    for _ in range(2):  # the first pays for compiling and for first allocations
+        began = time.monotonic()
+        float(trainer.try_gradients(batch, progress)[0])
+        seconds = time.monotonic() - began
+        trainer.zero_grad()
+    steps = math.ceil(rows / config.batch_size)
+    total = steps * config.epochs if config.epochs else math.inf
+    needed = (total - progress.step) * seconds * 1.3  # the optimizers and the evaluations come on top
+    budget = 60 * config.max_minutes - progress.seconds if config.max_minutes else math.inf
+    end = time.strftime("%H:%M", time.localtime(time.time() + min(needed, budget)))
+    length = (f"{config.epochs:g} epochs, about {total:,.0f} steps" if needed < budget
+              else f"{config.max_minutes:g} minutes")
+    speed = min(config.batch_size, rows) * config.context_length / seconds
+    say(f"device   {world.device}" + (f" x {world.size}" if world.size > 1 else f", {torch.get_num_threads()} threads"
+        if world.device.type == "cpu" else "") + f", {config.dtype}, "
+        + ("compiled" if trainer.module is not trainer.eager else "eager"))
+    say(f"plan     {length}, {steps:,} steps an epoch of {config.batch_size} x {config.context_length} tokens; about "
+        f"{count(speed)} tokens/s, {memory_gb(world.device):.1f} GB at most; ends about {end}")
+
+
+class Metrics:
+    """What a run tells: progress bar, metrics.jsonl, TensorBoard, the loss curve, samples; and its checkpoints."""
+
+    def __init__(self, trainer: Trainer, progress: Progress):
+        self.trainer, self.config, self.world = trainer, trainer.config, trainer.world
+        self.path = trainer.folder / "metrics.jsonl"
+        self.best_train, self.warned = math.inf, False
+        self.train_loss, self.shown = math.nan, (progress.tokens, progress.seconds)
+        self.summary: dict = {}
+        self.lines: List[dict] = []
+        self.board = None
+        if not self.world.first:
+            return
+        if progress.step and self.path.exists():  # a killed run may have written lines past its last checkpoint
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = [json.loads(line) for line in lines if line.endswith("}")]
+            self.lines = [line for line in lines if line["step"] <= progress.step]
+        self.write()
+        if self.config.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise InputError("--tensorboard needs: pip install tensorboard") from error
+            self.board = SummaryWriter(self.trainer.folder / "tensorboard", purge_step=progress.step)
+
+    def write(self) -> None:
+        try:
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from error
+
+    def log(self, line: dict) -> None:
+        if not self.world.first:
+            return
+        self.lines.append(line)
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from error
+        if self.board:
+            for name, value in line.items():
+                self.board.add_scalar(name, value, line["step"])
+
+    def step(self, progress: Progress, loss_sum: Tensor, skipped: Tensor, bar: tqdm) -> None:
+        """Takes the sums over from the device and empties them."""
+        nats, targets = loss_sum.tolist()
+        loss_sum.zero_()
+        new_skips, progress.skipped_in_a_row = int(skipped[0]), int(skipped[1])
+        skipped[0] = 0
+        progress.skipped += new_skips
+        progress.tokens += int(targets)
+        if targets:
+            mean = nats / targets
+            before = mean if math.isnan(self.train_loss) else self.train_loss
+            self.train_loss = before + 0.05 * (mean - before)  # smoothed over some twenty lines
+            self.log({"step": progress.step, "seconds": round(progress.seconds, 2), "tokens": progress.tokens,
+                      "train_loss": round(mean, 5)})
+        tokens, seconds = self.shown
+        if progress.seconds - seconds > 1:
+            speed = (progress.tokens - tokens) / (progress.seconds - seconds)
+            bar.set_postfix_str(f"loss {self.train_loss:.3f}, {count(speed)} targets/s"
+                                + (f", {progress.skipped} steps skipped" if progress.skipped else ""), refresh=False)
+            self.shown = (progress.tokens, progress.seconds)
+
+    def evaluation(self, progress: Progress, rows: int, loss: float, bits: float, say) -> None:
+        """Notes a validation loss; keeps the model if it is the best; says so when it turns up while training falls."""
+        better = loss < progress.best_loss
+        progress.rising = 0 if better else progress.rising + 1
+        progress.best_loss = min(loss, progress.best_loss)
+        self.log({"step": progress.step, "seconds": round(progress.seconds, 2), "tokens": progress.tokens,
+                  "val_loss": round(loss, 5), "val_bits_per_byte": round(bits, 5)})
+        say(f"step {progress.step}: train {self.train_loss:.3f}, validation {loss:.3f} ({bits:.3f} bits/byte)"
+            + (", best so far" if better else ""))
+        if not self.config.fsdp:
+            say(f"  {self.trainer.sample_reply()}")
+        if progress.rising >= 3 and self.train_loss < self.best_train and not self.warned:
+            self.warned = True
+            say("  validation gets worse while training gets better: the model now learns the data by heart. "
+                "best_model.pt keeps the best; fewer --epochs, more data or a smaller model would serve better")
+        self.best_train = min(self.best_train, self.train_loss)
+        config = self.trainer.model.config
+        self.summary = {
+            "chat": bool(self.trainer.prepared.is_chat), "data": ", ".join(Path(p).name for p in self.config.data_path),
+            "preset": self.config.preset, "parameters": config.parameter_count(), "steps": progress.step,
+            "tokens": progress.tokens, "epochs": round(progress.epoch + progress.row / rows, 2),
+            "minutes": round(progress.seconds / 60, 2), "device": str(self.world.device),
+            "dtype": self.config.dtype, "validation_loss": round(loss, 4), "bits_per_byte": round(bits, 4)}
+        if better:
+            self.save("best_model.pt", progress)
+        self.save("last.pt", progress)
+        self.draw()
+
+    def save(self, name: str, progress: Progress) -> None:
+        """best_model.pt is the model and the facts of its training; last.pt has all that a resume needs."""
+        trainer = self.trainer
+        weights = whole(trainer.model.state_dict())
+        training = {"summary": self.summary} if name == "best_model.pt" else trainer.state(progress, self.summary)
+        if self.world.first:
+            Checkpoint(trainer.model.config, weights, trainer.tokenizer.to_dict(), training).save(trainer.folder / name)
+
+    def draw(self) -> None:
+        """loss.png, where matplotlib is installed; metrics.jsonl has the figures in any case."""
+        if not self.world.first:
+            return
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        for key, label, style in (("train_loss", "training", dict(alpha=0.5, linewidth=0.8)),
+                                  ("val_loss", "validation", dict(marker="o", markersize=3))):
+            points = [(line["step"], line[key]) for line in self.lines if key in line]
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{self.trainer.folder.name}: loss")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(self.trainer.folder / "loss.png")
+
+    def finish(self, progress: Progress, say) -> None:
+        folder = self.trainer.folder
+        say(f"done: {progress.step:,} steps in {progress.seconds / 60:.1f} minutes, best validation loss "
+            f"{progress.best_loss:.3f}" + (f", {progress.skipped} steps skipped" if progress.skipped else ""))
+        say(f"talk to it: python chat.py --model_path {folder / 'best_model.pt'}")
+        if self.board:
+            self.board.close()
+
+
+# ----------------------------------------------------------------------------------------------------- command
+
+
+def parse(arguments: Optional[List[str]] = None) -> tuple[TrainConfig, dict, bool]:
+    """The command line, derived from TrainConfig: (settings, those that were typed, --traceback)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(TrainConfig):
+        kind = str(f.type)
+        options = dict(help=f.metadata["help"], default=argparse.SUPPRESS)
+        if f.default not in (None, MISSING) and not isinstance(f.default, bool) and f.name != "cache_dir":
+            options["help"] += f" (default: {f.default})"
+        if "bool" in kind:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = next(t for t in (int, float, str) if t.__name__ in kind)
+            options["choices"] = f.metadata.get("choices")
+            options["metavar"] = None if options["choices"] else f.name.split("_")[-1].upper()
+            if "List" in kind:
+                options["nargs"] = "+"
+        parser.add_argument(f"--{f.name}", **options)
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    typed = vars(parser.parse_args(arguments))
+    traceback_wanted = typed.pop("traceback")
+    return TrainConfig(**typed), typed, traceback_wanted
+
+
+def main() -> int:
+    config, typed, show_traceback = parse()
+    keep_freed_memory()
+    try:
+        train(config, typed)
+    except InputError as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before the loop took over the signal
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
