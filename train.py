@@ -500,7 +500,7 @@ def resumed(config: TrainConfig, typed: dict, path: Path) -> tuple[TrainConfig, 
                              "start a run of its own with --init_from")
     known = {f.name for f in fields(TrainConfig)}
     settings = {name: value for name, value in before.items() if name in known}
-    for name in ("device", "dtype", "compile"):  # of the machine, not of the run
+    for name in ("device", "dtype", "compile", "out_dir", "resume"):  # of this start, not of the run
         settings[name] = getattr(config, name)
     return replace(TrainConfig(**settings), **typed), start
 
@@ -537,14 +537,15 @@ def read_data(config: TrainConfig, world: World, start: Optional[Checkpoint]) ->
     bar = tqdm(total=1.0, desc="reading", unit_scale=True, leave=False, disable=not world.first)
 
     def show(done: int, total: int, what: str) -> None:
-        bar.total, bar.n = total, done
+        bar.total = total
         bar.set_description(what, refresh=False)
-        bar.refresh()
+        bar.update(done - bar.n)
 
     if not world.first:
         dist.barrier()
     with bar:
-        prepared = prepare(config.data_path, tokenizer, config.vocab_size, config.cache_dir, show)
+        vocab_size = None if config.resume else config.vocab_size  # the checkpoint's tokenizer has its size
+        prepared = prepare(config.data_path, tokenizer, vocab_size, config.cache_dir, show)
     if world.first and world.size > 1:
         dist.barrier()
     return prepared

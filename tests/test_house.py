@@ -1,0 +1,69 @@
+"""The shape of the repo: who imports whom, what loads at start, and that the documents name what exists."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
+# What each script may import of the others. No circle, and no script knows another but through model and data.
+MAY_IMPORT = {"model": set(), "data": {"model"}, "optim": {"model"}, "train": {"model", "data", "optim"},
+              "chat": {"model", "data"}, "export": {"model", "data"}}
+HEAVY = {"transformers", "onnx", "onnxruntime", "onnxscript", "tokenizers", "matplotlib", "pandas", "huggingface_hub",
+         "safetensors", "tensorboard"}
+
+
+def imports(path: Path, top_level_only: bool = False) -> set:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_scripts_import_only_what_the_picture_allows():
+    assert SCRIPTS == MAY_IMPORT.keys()
+    for script, allowed in MAY_IMPORT.items():
+        assert imports(ROOT / f"{script}.py") & SCRIPTS <= allowed, script
+
+
+@pytest.mark.parametrize("script", sorted(MAY_IMPORT))
+def test_no_script_loads_a_heavy_package_at_its_top(script):
+    assert not imports(ROOT / f"{script}.py", top_level_only=True) & HEAVY
+
+
+@pytest.mark.parametrize("script", sorted(MAY_IMPORT))
+def test_importing_a_script_loads_no_heavy_package_by_a_side_door(script):
+    code = (f"import sys, torch; before = set(sys.modules); import {script}; "
+            "print(*{name.split('.')[0] for name in set(sys.modules) - before})")
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not set(loaded.stdout.split()) & HEAVY
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_en.md"])
+def test_every_file_and_flag_a_readme_names_exists(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / path).exists(), path
+    for script, flags in re.findall(r"python (\w+)\.py([^\n`]*)", text):
+        source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
+        for flag in re.findall(r"--(\w+)", flags):
+            assert re.search(rf"\b{flag}\b", source), f"{script}.py --{flag}"
+
+
+def test_both_readmes_have_the_same_chapters_and_the_same_code():
+    chinese, english = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_en.md"))
+    assert len(re.findall(r"(?m)^#+ ", chinese)) == len(re.findall(r"(?m)^#+ ", english))
+
+    def code(text):
+        return re.findall(r"(?ms)^```(?:bash|python)\n(.*?)^```", text)
+
+    assert code(chinese) == code(english)

@@ -1,0 +1,385 @@
+"""train.py: a resumed run is the run that never stopped; two processes train as one; nothing mends by hand."""
+
+import ast
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train
+from data import Tokenizer, render_chat
+from model import GPT, Checkpoint, InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(n_layer=1, n_head=2, n_kv_head=1, d_model=32, d_ff=48, context_length=32, batch_size=4, vocab_size=300,
+            eval_tokens=1024)
+
+
+@pytest.fixture
+def chats(tmp_path) -> Path:
+    """120 short conversations, enough for two dozen steps an epoch at the tiny size."""
+    path = tmp_path / "chats.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for n in range(120):
+            turns = [("user", f"第{n}个数是几？"), ("assistant", f"是{n * 7 % 100}。"),
+                     ("user", "and the next one?"), ("assistant", f"it is {n * 7 % 100 + 1}.")]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return path
+
+
+def settings(chats: Path, out: Path, **changes) -> train.TrainConfig:
+    return train.TrainConfig(data_path=[str(chats)], out_dir=str(out), cache_dir=str(chats.parent / "cache"),
+                             device="cpu", **{**TINY, "epochs": 2.0, **changes})
+
+
+def command(chats: Path, out: Path, *more: str) -> list:
+    flags = [part for key, value in {**TINY, "epochs": 2}.items() for part in (f"--{key}", str(value))]
+    return [str(ROOT / "train.py"), "--data_path", str(chats), "--out_dir", str(out), "--cache_dir",
+            str(chats.parent / "cache"), "--device", "cpu", *flags, *more]
+
+
+def run(arguments: list, **more) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, encoding="utf-8",
+                          env=environment, timeout=120, check=False, **more)
+
+
+def weights(out: Path, name: str = "last.pt") -> dict:
+    return {key: tensor.clone() for key, tensor in Checkpoint.load(out / name).weights.items()}
+
+
+def equal(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small are quicker on one thread, above all on a machine that does other work too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def keep_signals():
+    """train() takes over Ctrl-C and SIGTERM for good; the tests' process wants them back."""
+    kept = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in kept:
+        signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------ parity
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(chats, tmp_path):
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        train.train(settings(chats, tmp_path / name, seed=seed, epochs=0.5))
+    assert equal(weights(tmp_path / "one"), weights(tmp_path / "two"))
+    assert not equal(weights(tmp_path / "one"), weights(tmp_path / "three"))
+
+
+def test_a_run_stopped_at_any_step_and_resumed_is_the_straight_run_bit_for_bit(chats, tmp_path, monkeypatch):
+    train.train(settings(chats, tmp_path / "straight"))
+    straight = Checkpoint.load(tmp_path / "straight/last.pt").training["progress"]
+    update, steps = train.Trainer.update, 0
+
+    def stop_now_and_then(self, factor):
+        nonlocal steps
+        steps += 1
+        if steps in (3, 4, 11):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, factor)
+
+    monkeypatch.setattr(train.Trainer, "update", stop_now_and_then)
+    config, stops = settings(chats, tmp_path / "split"), 0
+    while True:
+        try:
+            train.train(config, {})
+            break
+        except SystemExit as stopped:
+            assert stopped.code == 128 + signal.SIGTERM
+            stops += 1
+            config = train.TrainConfig(resume=True, out_dir=str(tmp_path / "split"), device="cpu")
+    assert stops == 3
+    assert equal(weights(tmp_path / "straight"), weights(tmp_path / "split"))
+    assert equal(weights(tmp_path / "straight", "best_model.pt"), weights(tmp_path / "split", "best_model.pt"))
+    resumed = Checkpoint.load(tmp_path / "split/last.pt").training["progress"]
+    assert {**resumed, "seconds": 0} == {**straight, "seconds": 0}
+
+    def logged(name):
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+    assert logged("split") == logged("straight")
+
+
+def test_killed_at_random_moments_a_run_ends_with_the_weights_of_one_never_killed(chats, tmp_path):
+    more = ("--eval_interval", "2", "--epochs", "4")
+    assert run(command(chats, tmp_path / "straight", *more)).returncode == 0
+    kills = 0
+    arguments = command(chats, tmp_path / "killed", *more)
+    for attempt in range(30):
+        process = subprocess.Popen([sys.executable, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        last = tmp_path / "killed/last.pt"
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        if kills < 5:
+            while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
+                time.sleep(0.01)  # at least one more checkpoint each time, or the run would never end
+            time.sleep(0.013 * attempt)
+            if process.poll() is None:
+                process.kill()
+                kills += 1
+            for path in (tmp_path / "killed").glob("*.pt"):
+                Checkpoint.load(path).build_model()
+            arguments = [str(ROOT / "train.py"), "--resume", "--out_dir", str(tmp_path / "killed"), "--device", "cpu"]
+        if process.wait() == 0:
+            break
+    print(f"{kills} kills")
+    assert kills >= 3
+    assert equal(weights(tmp_path / "straight"), weights(tmp_path / "killed"))
+    assert sorted(path.name for path in (tmp_path / "killed").glob("*.tmp")) == []
+
+
+def losses(out: Path) -> list:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line.get("train_loss", line.get("val_loss")) for line in lines]
+
+
+@pytest.mark.parametrize("flags", [[], ["--fsdp"]])
+def test_two_processes_train_as_one(chats, tmp_path, flags):
+    assert run(command(chats, tmp_path / "one")).returncode == 0
+    two = run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               *command(chats, tmp_path / "two", *flags)])
+    assert two.returncode == 0, two.stderr[-2000:]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert two[:20] == pytest.approx(one[:20], abs=2e-3)
+    assert two == pytest.approx(one, abs=3e-2)  # training multiplies a difference in rounding
+    assert weights(tmp_path / "one").keys() == weights(tmp_path / "two").keys()
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(chats, tmp_path):
+    train.train(settings(chats, tmp_path / "whole", epochs=0.5))
+    train.train(settings(chats, tmp_path / "parts", epochs=0.5, grad_accumulation=4))
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=5e-3)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(chats, tmp_path, monkeypatch, capsys):
+    train.train(settings(chats, tmp_path / "whole", epochs=0.5))
+    gradients = train.Trainer.gradients
+
+    def too_large(self, batch, parts):
+        if len(batch.input_ids) / parts > 1:
+            raise torch.OutOfMemoryError("not enough")
+        return gradients(self, batch, parts)
+
+    monkeypatch.setattr(train.Trainer, "gradients", too_large)
+    train.train(settings(chats, tmp_path / "short", epochs=0.5))
+    assert losses(tmp_path / "short") == pytest.approx(losses(tmp_path / "whole"), abs=5e-3)
+    assert "out of memory: each step now runs in 4 parts, the batch stays as it was" in capsys.readouterr().out
+
+
+def test_a_compile_that_fails_goes_on_without(chats, tmp_path, monkeypatch, capsys):
+    def broken(module):
+        class Broken(torch.nn.Module):
+            def forward(self, *_):
+                raise RuntimeError("no compiler")
+        return Broken()
+
+    monkeypatch.setattr(torch, "compile", broken)
+    train.train(settings(chats, tmp_path / "out", epochs=0.2, compile=True))
+    assert "torch.compile failed (RuntimeError); going on without it" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ what comes out
+
+
+def test_a_run_leaves_a_model_that_opens_alone_and_every_figure(chats, tmp_path, capsys):
+    train.train(settings(chats, tmp_path / "out"))
+    best, last = (Checkpoint.load(tmp_path / "out" / name) for name in ("best_model.pt", "last.pt"))
+    tokenizer = Tokenizer.from_dict(best.tokenizer)
+    ids, _ = render_chat(tokenizer, [{"role": "user", "content": "第3个数是几？"}], add_generation_prompt=True)
+    assert list(best.build_model().generate(ids, 5))
+    assert not any(name.startswith(("module.", "_orig_mod.", "model.")) for name in last.weights)
+    summary = best.training["summary"]
+    assert summary["chat"] is True
+    assert summary["parameters"] == best.config.parameter_count()
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    validation = [line["val_loss"] for line in lines if "val_loss" in line]
+    assert validation[-1] < validation[0]
+    assert last.training["progress"]["best_loss"] == pytest.approx(min(validation), abs=1e-4)
+    said = capsys.readouterr().out
+    for words in ("data  ", "model  ", "sample  ", "device  ", "plan  ", "[是", "bits/byte", "talk to it: python chat.py"):
+        assert words in said
+    assert "[第" not in said  # what the user says is not learnt
+
+
+def test_plain_text_trains_too_however_short(tmp_path):
+    (tmp_path / "short.txt").write_text("床前明月光，疑是地上霜。\n" * 6, encoding="utf-8")
+    train.train(settings(tmp_path / "short.txt", tmp_path / "out"))
+    assert Checkpoint.load(tmp_path / "out/best_model.pt").training["summary"]["chat"] is False
+
+
+def test_fine_tuning_starts_from_the_weights_and_the_tokenizer_of_a_checkpoint(chats, tmp_path, monkeypatch):
+    train.train(settings(chats, tmp_path / "first", epochs=0.5))
+    (tmp_path / "more.txt").write_text("第九个数是六十三。" * 200, encoding="utf-8")
+    starts = []
+    restore = train.Trainer.try_gradients
+    monkeypatch.setattr(train.Trainer, "try_gradients", lambda self, *rest: (
+        starts.append({k: v.clone() for k, v in self.model.state_dict().items()}), restore(self, *rest))[1])
+    config = train.TrainConfig(data_path=[str(tmp_path / "more.txt")], out_dir=str(tmp_path / "second"), device="cpu",
+                               init_from=str(tmp_path / "first/best_model.pt"), batch_size=4, epochs=1.0,
+                               cache_dir=str(tmp_path / "cache"))
+    train.train(config)
+    first, second = (Checkpoint.load(tmp_path / name / "best_model.pt") for name in ("first", "second"))
+    assert second.tokenizer == first.tokenizer
+    assert all(torch.equal(first.weights[key], starts[0][key]) for key in first.weights)
+
+
+def test_a_second_run_keeps_the_files_of_the_first(chats, tmp_path):
+    train.train(settings(chats, tmp_path / "out", epochs=0.2))
+    first = weights(tmp_path / "out", "best_model.pt")
+    train.train(settings(chats, tmp_path / "out", epochs=0.2, seed=5))
+    assert equal(weights(tmp_path / "out/previous", "best_model.pt"), first)
+
+
+def test_a_nan_costs_its_step_and_no_more(chats, tmp_path, monkeypatch, capsys):
+    loss, calls = GPT.loss, 0
+
+    def sometimes_nan(self, *batch):
+        nonlocal calls
+        value = loss(self, *batch)
+        calls += value.requires_grad  # evaluations are not steps
+        return value * math.nan if calls in (6, 9) and value.requires_grad else value
+
+    monkeypatch.setattr(GPT, "loss", sometimes_nan)
+    train.train(settings(chats, tmp_path / "out"))
+    assert Checkpoint.load(tmp_path / "out/last.pt").training["progress"]["skipped"] == 2
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
+    assert "2 steps skipped" in capsys.readouterr().out
+
+
+def test_a_loss_that_stays_nan_stops_the_run_with_the_last_good_checkpoint(chats, tmp_path, monkeypatch):
+    loss, calls = GPT.loss, 0
+
+    def soon_nan(self, *batch):
+        nonlocal calls
+        calls += 1
+        return loss(self, *batch) * (math.nan if calls > 10 else 1)
+
+    monkeypatch.setattr(GPT, "loss", soon_nan)
+    with pytest.raises(InputError, match="NaN or infinite for 20 steps in a row; .*last.pt holds the last good state"):
+        train.train(settings(chats, tmp_path / "out", epochs=9.0))
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--epochs", "0"], "--epochs must be above 0, not 0.0"),
+    (["--max_minutes", "nan"], "--max_minutes must be above 0, not nan"),
+    (["--batch_size", "-3"], "--batch_size must be at least 1, not -3"),
+    (["--d_model", "31"], "--d_model 31 must be a multiple of --n_head 2"),
+    (["--data_path", "nowhere.txt"], "nowhere.txt"),
+    (["--device", "cuda:77"], "--device cuda:77: not available here"),
+    (["--init_from", "nowhere.pt"], "nowhere.pt: no such file"),
+    (["--resume"], "last.pt: no such file"),
+    (["--out_dir", "/proc/nowhere"], "--out_dir /proc/nowhere: cannot write there"),
+])
+def test_bad_flags_get_one_line_and_exit_code_2(chats, tmp_path, monkeypatch, capsys, flags, words):
+    arguments = command(chats, tmp_path / "out")[1:] + flags
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    assert train.main() == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("train.py: ")
+    assert words in said
+
+
+def test_a_second_run_into_the_same_folder_is_refused(chats, tmp_path):
+    with train.lock(tmp_path / "out"):
+        second = run(command(chats, tmp_path / "out"))
+    assert second.returncode == 2
+    assert "another training run is writing there" in second.stderr
+    assert "Traceback" not in second.stderr
+
+
+def test_a_resume_with_another_model_or_other_data_is_refused(chats, tmp_path):
+    train.train(settings(chats, tmp_path / "out", epochs=0.5))
+    again = train.TrainConfig(resume=True, out_dir=str(tmp_path / "out"), device="cpu")
+    with pytest.raises(InputError, match="--d_model cannot change on --resume: it was 32, not 64"):
+        train.train(again, {"d_model": 64})
+    with open(chats, "a", encoding="utf-8") as file:
+        file.write('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}\n')
+    with pytest.raises(InputError, match="the training data is not what it was"):
+        train.train(again, {"epochs": 2.0})
+
+
+def test_a_resume_may_go_on_for_longer_and_with_another_batch(chats, tmp_path):
+    train.train(settings(chats, tmp_path / "out", epochs=0.5))
+    again = train.TrainConfig(resume=True, out_dir=str(tmp_path / "out"), device="cpu")
+    train.train(again, {"epochs": 1.5, "batch_size": 2})
+    progress = Checkpoint.load(tmp_path / "out/last.pt").training["progress"]
+    assert progress["epoch"] >= 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(chats, tmp_path, number):
+    process = subprocess.Popen([sys.executable, *command(chats, tmp_path / "out", "--epochs", "500")],
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "out/metrics.jsonl").exists() or not (tmp_path / "out/metrics.jsonl").stat().st_size:
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number
+    assert f"go on with: python train.py --resume --out_dir {tmp_path / 'out'}" in said
+    step = int(re.search(r"stopped at step (\d+)", said).group(1))
+    assert Checkpoint.load(tmp_path / "out/last.pt").training["progress"]["step"] == step
+
+
+# ------------------------------------------------------------------------------------------------ properties
+
+
+@given(st.floats(0, 1), st.floats(0, 0.9))
+def test_the_learning_rate_rises_once_and_falls_to_zero(done, warmup):
+    rate = train.learning_rate(done, warmup)
+    assert 0 <= rate <= 1
+    assert train.learning_rate(1.0, warmup) == 0
+    if done > warmup:
+        assert rate >= train.learning_rate(min(1.0, done + 0.01), warmup)
+
+
+def test_a_run_with_epochs_and_minutes_ends_with_whichever_is_over_first():
+    config = train.TrainConfig(epochs=4.0, max_minutes=2.0)
+    assert train.share_done(config, train.Progress(epoch=3, row=0, seconds=6), 10) == 0.75
+    assert train.share_done(config, train.Progress(epoch=0, row=5, seconds=60), 10) == 0.5
+
+
+def test_progress_has_every_field_the_loop_uses_and_no_other():
+    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name) and node.value.id == "progress"}
+    assert used == {field.name for field in fields(train.Progress)}
+
+
+def test_help_names_every_setting_once():
+    said = run([str(ROOT / "train.py"), "--help"])
+    assert said.returncode == 0
+    for field in fields(train.TrainConfig):
+        assert f"--{field.name}" in said.stdout
