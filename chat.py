@@ -1,0 +1,746 @@
+"""Talk to a model in the terminal: a training checkpoint, or any format that export.py writes.
+
+    python chat.py --model_path checkpoints/best_model.pt
+    python chat.py --model_path exported_models/model.onnx --greedy
+    echo "What is the capital of France?" | python chat.py --prompt -
+
+/help lists what can be typed in place of a message. Ctrl-C stops a reply, Ctrl-D ends.
+"""
+
+import argparse
+import json
+import math
+import os
+import select
+import sys
+import time
+import traceback
+import zipfile
+from base64 import b64encode
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Callable, Iterator, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from data import StreamDecoder, Tokenizer, _byte_of_character, render_chat
+from model import GPT, Checkpoint, GPTConfig, InputError, sample
+
+PENALTY_WINDOW = 64  # newest tokens of a reply that the repetition penalty looks at
+LARGEST_TEXT_FILE = 2**28  # bytes of config.json or tokenizer.json; the largest vocabulary in use needs some 2**25
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+def setting(default, help: str, low: float, high: float):
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+@dataclass
+class Settings:
+    """How replies are drawn. Each field is a flag, and a NAME of /set."""
+
+    temperature: float = setting(0.7, "randomness; 0 always takes the likeliest token", 0, 100)
+    top_k: int = setting(40, "draw from so many of the likeliest tokens; 0: from all", 0, 2**20)
+    top_p: float = setting(0.9, "draw from the likeliest tokens that share this probability; 1: from all", 0, 1)
+    repetition_penalty: float = setting(1.1, "makes tokens of this reply less likely; 1: off", 0.1, 10)
+    max_new_tokens: int = setting(512, "longest reply", 1, 2**20)
+    seed: Optional[int] = setting(None, "makes replies repeatable", 0, 2**63 - 1)
+
+    def assign(self, name: str, text: str) -> None:
+        """Sets a field from what a user typed, or InputError."""
+        if name not in SETTINGS:
+            raise InputError(f"there is no setting {name!r:.40}; there are {', '.join(SETTINGS)}")
+        low, high = SETTINGS[name].metadata["low"], SETTINGS[name].metadata["high"]
+        kind = float if SETTINGS[name].type is float else int
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            what = "a number" if kind is float else "a whole number"
+            raise InputError(f"{name} must be {what} from {low} to {high}, not {text!r:.40}")
+        setattr(self, name, value)
+
+
+SETTINGS = {known.name: known for known in fields(Settings)}
+
+
+# --------------------------------------------------------------------------------------------------- artifacts
+
+
+@dataclass
+class Runtime:
+    """An opened model: next-token logits for a growing list of ids, what is already computed kept.
+
+    `feed(kept, new)` forgets all but the first `kept` ids it was fed, adds `new` (never empty) and returns the logits
+    (V,) of the token after them.
+    """
+
+    kind: str
+    tokenizer: Tokenizer
+    context_length: int
+    feed: Callable[[int, List[int]], Tensor]
+    is_chat: bool = True
+    held: List[int] = field(default_factory=list)
+
+    def start(self, ids: List[int]) -> Tensor:
+        """Logits after `ids`; only what differs from the ids fed before is computed."""
+        kept = 0
+        for old, new in zip(self.held, ids[:-1], strict=False):
+            if old != new:
+                break
+            kept += 1
+        del self.held[kept:]
+        logits = self.feed(kept, ids[kept:])
+        self.held = list(ids)
+        return logits[:self.tokenizer.vocab_size]
+
+    def step(self, token: int) -> Tensor:
+        """Logits after one more token."""
+        logits = self.feed(len(self.held), [token])
+        self.held.append(token)
+        return logits[:self.tokenizer.vocab_size]
+
+
+def uncached(compute: Callable[[List[int]], Tensor]) -> Callable[[int, List[int]], Tensor]:
+    """The `feed` of a runtime that knows only whole sequences."""
+    fed: List[int] = []
+
+    def feed(kept: int, new: List[int]) -> Tensor:
+        fed[kept:] = new
+        return compute(fed)
+
+    return feed
+
+
+def gpt_runtime(kind: str, model: GPT, tokenizer: Tokenizer, device: str, is_chat: bool = True) -> Runtime:
+    model = model.to(device)
+    if device == "cpu":
+        model = model.float()
+    cache = model.new_cache()
+
+    @torch.inference_mode()
+    def feed(kept: int, new: List[int]) -> Tensor:
+        cache.truncate(kept)
+        return model(torch.tensor([new], device=device), None, cache)[0][0, -1]
+
+    return Runtime(kind, tokenizer, model.context_length, feed, is_chat)
+
+
+def read_tokenizer_json(text: str, source: str) -> Tokenizer:
+    """Our tokenizer from the tokenizer.json of an export; any other tokenizer.json is an InputError."""
+    try:
+        values = json.loads(text)
+        byte_of = _byte_of_character()
+        special_ids = {token["content"]: token["id"] for token in values["added_tokens"]}
+        ranks = sorted((rank, bytes(byte_of[character] for character in token))
+                       for token, rank in values["model"]["vocab"].items() if token not in special_ids)
+        pattern = values["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+        if [rank for rank, _ in ranks] != list(range(len(ranks))) or values["normalizer"] is not None:
+            raise ValueError
+        lines = "\n".join(b64encode(token).decode() for _, token in ranks)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{source}: its tokenizer is not one that export.py writes") from None
+    return Tokenizer.from_dict({"name": "exported", "pattern": pattern, "ranks": lines, "special_ids": special_ids})
+
+
+def read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > LARGEST_TEXT_FILE:
+            raise InputError(f"{path}: refused, {path.stat().st_size} bytes are too many for this kind of file")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path.parent}: no {path.name} here") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+
+
+def read_config(text: str, source: str) -> dict:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: its config.json is damaged")
+    return values
+
+
+def open_checkpoint(path: Path, device: str) -> Runtime:
+    checkpoint = Checkpoint.load(path)
+    tokenizer = Tokenizer.from_dict(checkpoint.tokenizer)
+    summary = (checkpoint.training or {}).get("summary", {})
+    return gpt_runtime("checkpoint", checkpoint.build_model(), tokenizer, device, summary.get("chat", True))
+
+
+def open_huggingface(path: Path, device: str) -> Runtime:
+    tokenizer = read_tokenizer_json(read_text(path / "tokenizer.json"), str(path))
+    return gpt_runtime("huggingface folder", GPT.from_pretrained(path), tokenizer, device)
+
+
+def open_transformers(path: Path, device: str) -> Runtime:
+    """Weights from safetensors alone, classes from transformers alone: nothing in the folder is executed."""
+    tokenizer = read_tokenizer_json(read_text(path / "tokenizer.json"), str(path))
+    values = read_config(read_text(path / "config.json"), str(path))
+    names = dict(vocab_size="vocab_size", context_length="max_position_embeddings", n_layer="num_hidden_layers",
+                 n_head="num_attention_heads", n_kv_head="num_key_value_heads", d_model="hidden_size",
+                 d_ff="intermediate_size", head_dim="head_dim", tie_embeddings="tie_word_embeddings")
+    sizes = GPTConfig.from_dict({ours: values[theirs] for ours, theirs in names.items() if theirs in values})
+    if sizes.parameter_count() > sum(file.stat().st_size for file in path.glob("*.safetensors")):
+        raise InputError(f"{path}: model.safetensors is missing, or smaller than config.json says")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        from transformers import AutoModelForCausalLM, DynamicCache
+        from transformers.utils import logging
+    except ImportError:
+        raise InputError("a transformers folder needs transformers: pip install transformers") from None
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32 if device == "cpu" else "auto", trust_remote_code=False, local_files_only=True,
+            use_safetensors=True, output_loading_info=True)
+    except Exception as error:  # whatever a damaged folder makes the library raise
+        raise InputError(f"{path}: transformers cannot load it ({str(error).strip().splitlines()[0]:.200})") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise InputError(f"{path}: model.safetensors lacks {len(info['missing_keys'])} of the model's weights")
+    model = model.to(device).eval()
+    cache = DynamicCache()
+
+    @torch.inference_mode()
+    def feed(kept: int, new: List[int]) -> Tensor:
+        cache.crop(kept)
+        ids = torch.tensor([new], device=device)
+        return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+
+    return Runtime("transformers folder", tokenizer, sizes.context_length, feed)
+
+
+def open_torchscript(path: Path, device: str) -> Runtime:
+    with zipfile.ZipFile(path) as archive:
+        # Only code and the riding texts are compressed: far more than the file itself is a bomb.
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size + LARGEST_TEXT_FILE:
+            raise InputError(f"{path}: refused, it would unpack to far more than its own size")
+        texts = {}
+        for name in ("config.json", "tokenizer.json"):
+            entry = next((entry for entry in archive.namelist() if entry.endswith(f"/extra/{name}")), None)
+            if entry is None:
+                raise InputError(f"{path}: a TorchScript file, but not one that export.py wrote")
+            texts[name] = archive.read(entry).decode("utf-8", "replace")
+    tokenizer = read_tokenizer_json(texts["tokenizer.json"], str(path))
+    config = exported_config(texts["config.json"], str(path))
+    try:
+        model = torch.jit.load(str(path), map_location=device).eval()
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise InputError(f"{path}: damaged, it does not load as TorchScript") from error
+
+    @torch.inference_mode()
+    def compute(ids: List[int]) -> Tensor:
+        return model(torch.tensor([ids], device=device), None)[0][0, -1]
+
+    return Runtime("TorchScript", tokenizer, config.context_length, uncached(compute))
+
+
+def exported_config(text: str, source: str) -> GPTConfig:
+    values = read_config(text, source)
+    values.pop("model_type", None)
+    return GPTConfig.from_dict(values)
+
+
+def open_onnx(path: Path, device: str) -> Runtime:
+    """ONNX Runtime on the CPU. Nothing is loaded before it is sure that no weight lies outside the file's folder."""
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise InputError(f"an ONNX file needs {error.name}: pip install onnx onnxruntime") from None
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's own errors
+        raise InputError(f"{path}: damaged, or not an ONNX file") from error
+    for location in external_locations(proto):
+        target = (path.parent / location).resolve()
+        if not target.is_relative_to(path.parent.resolve()):
+            raise InputError(f"{path}: refused, its weights point outside its folder ({location!r:.80})")
+        if not target.is_file():
+            raise InputError(f"{path}: its weights should lie beside it in {location!r:.80}, which is not there")
+    extra = {prop.key: prop.value for prop in proto.metadata_props}
+    if "config.json" not in extra or "tokenizer.json" not in extra:
+        raise InputError(f"{path}: an ONNX file, but not one that export.py wrote")
+    tokenizer = read_tokenizer_json(extra["tokenizer.json"], str(path))
+    config = exported_config(extra["config.json"], str(path))
+    del proto
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own errors
+        raise InputError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]:.200})") from error
+
+    def compute(ids: List[int]) -> Tensor:
+        logits = session.run(["logits"], {"input_ids": torch.tensor([ids]).numpy()})[0]
+        return torch.from_numpy(logits[0, -1])
+
+    return Runtime("ONNX", tokenizer, config.context_length, uncached(compute))
+
+
+def external_locations(message) -> Iterator[str]:
+    """Where the tensors of an ONNX message lie that are not in the file itself, wherever in the graph they stand."""
+    for descriptor, value in message.ListFields():
+        if descriptor.name == "external_data":
+            yield from (entry.value for entry in value if entry.key == "location")
+        elif descriptor.message_type is not None:
+            for part in value if hasattr(value, "__len__") else [value]:
+                yield from external_locations(part)
+
+
+def is_zip_with(name: str) -> Callable[[Path], bool]:
+    """A test for PyTorch's zip files by an entry that only one kind has."""
+    def test(path: Path) -> bool:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return any(entry.partition("/")[2] == name for entry in archive.namelist())
+        except (zipfile.BadZipFile, OSError):
+            return False
+    return test
+
+
+def starts_with(start: bytes, at: int = 0) -> Callable[[Path], bool]:
+    def test(path: Path) -> bool:
+        with open(path, "rb") as file:
+            return file.read(at + len(start))[at:] == start
+    return test
+
+
+def has_config_of(*model_types: str) -> Callable[[Path], bool]:
+    return lambda path: read_config(read_text(path / "config.json"), str(path)).get("model_type") in model_types
+
+
+def refuse(what: str) -> Callable[[Path, str], Runtime]:
+    def open_nothing(path: Path, device: str) -> Runtime:
+        raise InputError(f"{path}: {what}")
+    return open_nothing
+
+
+# What tells a file or folder, and what opens it. The first that fits is taken.
+FILES: Tuple[Tuple[Callable[[Path], bool], Callable[[Path, str], Runtime]], ...] = (
+    (is_zip_with("constants.pkl"), open_torchscript),
+    (is_zip_with("data.pkl"), open_checkpoint),
+    (starts_with(b"\x08"), open_onnx),  # the ir_version of an ONNX ModelProto
+    (starts_with(b"GGUF"), refuse("a GGUF file, which llama.cpp runs; chat.py opens what it was made from")),
+    (starts_with(b"{", at=8), refuse("a safetensors file; give the folder that it lies in, with its config.json")),
+    (lambda path: True, open_checkpoint),
+)
+FOLDERS: Tuple[Tuple[Callable[[Path], bool], Callable[[Path, str], Runtime]], ...] = (
+    (has_config_of("gpt"), open_huggingface),
+    (has_config_of("qwen3", "llama"), open_transformers),
+    (lambda path: True, refuse("config.json is not of a model that export.py writes")),
+)
+
+
+def open_model(path: Path, device: str) -> Runtime:
+    """Opens any artifact of this project, told apart by content, or InputError."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file; `python train.py` makes checkpoints/best_model.pt")
+    if path.is_dir() and not (path / "config.json").exists():
+        inside = [entry for entry in sorted(path.iterdir()) if entry.suffix in (".pt", ".onnx") or entry.is_dir()
+                  and (entry / "config.json").exists()]
+        hint = f"; it holds {', '.join(map(str, inside[:5]))}" if inside else ""
+        raise InputError(f"{path}: a folder without a model{hint}")
+    try:
+        opener = next(opener for fits, opener in (FOLDERS if path.is_dir() else FILES) if fits(path))
+        return opener(path, device)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+# ----------------------------------------------------------------------------------------------------- session
+
+
+def repeated_length(ids: List[int]) -> int:
+    """How many ids at the end only repeat the ones before: 0 unless the same n-gram fills the last 48 ids or more."""
+    for period in range(1, min(64, len(ids) // 4) + 1):
+        if ids[-1] == ids[-1 - period]:
+            length = period * max(4, math.ceil(48 / period))
+            if len(ids) >= length and ids[-length + period:] == ids[-length:-period]:
+                return length - period
+    return 0
+
+
+@dataclass
+class Turn:
+    """What was said and the reply, with the ids of the two as later prompts hold them (none for an empty reply)."""
+
+    said: str
+    reply: str
+    ids: List[int]
+
+
+class Session:
+    """A conversation with a model: turns, what of them the model still sees, and how replies are drawn.
+
+    With `raw` the model continues texts in place of answering, and each text stands for itself.
+    """
+
+    def __init__(self, runtime: Runtime, settings: Settings, system: str = "", raw: bool = False):
+        self.runtime, self.settings, self.raw = runtime, settings, raw
+        self.turns: List[Turn] = []
+        self.left_out = 0  # oldest turns that the last prompt had no room for
+        self.last_reply = "no reply yet"
+        self.generator = torch.Generator()
+        self.reseed()
+        self.set_system(system)
+
+    def reseed(self) -> None:
+        if self.settings.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(self.settings.seed)
+
+    def set_system(self, text: str) -> None:
+        messages = [{"role": "system", "content": text}] if text.strip() else []
+        ids = render_chat(self.runtime.tokenizer, messages)[0]
+        if len(ids) > self.runtime.context_length // 2:
+            raise InputError(f"the system prompt has {len(ids)} tokens, more than half of the model's context")
+        self.system, self.system_ids = messages, ids
+
+    def budget(self) -> int:
+        """Tokens that a prompt may have, so that a reply of max_new_tokens, or a quarter of the context, fits."""
+        context = self.runtime.context_length
+        return context - min(self.settings.max_new_tokens, max(1, context // 4))
+
+    def prompt(self, text: str) -> List[int]:
+        """The ids that ask for a reply to `text`: the system prompt, the newest turns that fit whole, the message."""
+        tokenizer, room = self.runtime.tokenizer, self.budget()
+        if self.raw:
+            return [tokenizer.end_of_text_id, *tokenizer.encode(text)][-room:]
+        ids = render_chat(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)[0]
+        room -= len(self.system_ids) + len(ids)
+        if room < 0:
+            raise InputError(f"too long: {len(ids)} tokens, and the model's context of {self.runtime.context_length} "
+                             f"has room for {room + len(ids)}")
+        self.left_out = len(self.turns)
+        while self.left_out and len(self.turns[self.left_out - 1].ids) <= room:
+            self.left_out -= 1
+            room -= len(self.turns[self.left_out].ids)
+        return [*self.system_ids, *(i for turn in self.turns[self.left_out:] for i in turn.ids), *ids]
+
+    def answer(self, text: str, write: Callable[[str], None]) -> str:
+        """Writes the reply to `text` as it comes and keeps the turn. Returns why it ended early, or nothing."""
+        if self.raw and not text and self.turns:
+            last = self.turns.pop()
+            text = last.said + last.reply
+        ids = self.prompt(text)
+        s, tokenizer, context = self.settings, self.runtime.tokenizer, self.runtime.context_length
+        stop_ids = set(tokenizer.special_ids.values())
+        decoder, reply, pieces, why = StreamDecoder(tokenizer), [], [], ""
+        started = first = time.perf_counter()
+        try:
+            logits = self.runtime.start(ids)
+            while not why:
+                token = sample(logits, s.temperature, s.top_k, s.top_p, s.repetition_penalty, reply[-PENALTY_WINDOW:],
+                               self.generator)
+                first = first if reply else time.perf_counter()
+                if token in stop_ids:
+                    break
+                reply.append(token)
+                pieces.append(decoder.push(token))
+                write(pieces[-1])
+                if repeated := repeated_length(reply):
+                    reply, why = reply[:-repeated], "cut: the reply went round in a loop"
+                    pieces = [tokenizer.decode(reply)]
+                elif len(reply) >= s.max_new_tokens:
+                    why = f"stopped at {s.max_new_tokens} tokens: max_new_tokens"
+                elif len(ids) + len(reply) >= context:
+                    why = f"stopped: the context of {context} tokens is full"
+                else:
+                    logits = self.runtime.step(token)
+            pieces.append(decoder.flush())
+            write(pieces[-1])
+        except KeyboardInterrupt:
+            why = "stopped"
+        rate = max(0, len(reply) - 1) / max(1e-9, time.perf_counter() - first)
+        self.last_reply = f"{len(reply)} tokens, the first after {first - started:.2f} s, then {rate:.0f} a second"
+        self.keep(text, "".join(pieces))
+        return why or ("" if reply else "the model has nothing to say to that")
+
+    def keep(self, said: str, reply: str) -> None:
+        messages = [{"role": "user", "content": said}, {"role": "assistant", "content": reply}]
+        whole = reply.strip() and not self.raw
+        self.turns.append(Turn(said, reply, render_chat(self.runtime.tokenizer, messages)[0] if whole else []))
+
+    def record(self) -> dict:
+        """The conversation as a line of jsonl that train.py reads."""
+        turns = [turn for turn in self.turns if turn.reply.strip()]
+        if not turns:
+            raise InputError("there is nothing to save yet")
+        if self.raw:
+            return {"text": "\n".join(turn.said + turn.reply for turn in turns)}
+        return {"messages": self.system + [
+            {"role": role, "content": content} for turn in turns
+            for role, content in (("user", turn.said), ("assistant", turn.reply))]}
+
+
+# ---------------------------------------------------------------------------------------------------- terminal
+
+# Control characters as pictures, so that nothing a model or a file says can steer the terminal or hide text.
+HARMLESS = {code: 0x2400 + code for code in range(32)} | {code: 0xFFFD for code in range(0x80, 0xA0)}
+HARMLESS |= {code: 0xFFFD for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}  # right-to-left overrides
+HARMLESS |= {0x7F: 0x2421, ord("\r"): None, ord("\n"): "\n", ord("\t"): "\t"}
+
+
+def harmless(text: str) -> str:
+    """Text without control characters other than newline and tab: escape sequences become visible and do nothing."""
+    return text.translate(HARMLESS)
+
+
+def say(text: str) -> None:
+    """A word of the program itself, beside the conversation: on stderr, so that replies pipe alone."""
+    sys.stdout.flush()
+    text = harmless(text)
+    dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    print(f"\033[2m{text}\033[0m" if dim else text, file=sys.stderr, flush=True)
+
+
+def typed_ahead(seconds: float) -> bool:
+    """Whether more input waits in the terminal, after at most so long."""
+    try:
+        import msvcrt
+    except ImportError:
+        return bool(select.select([sys.stdin], [], [], seconds)[0])
+    time.sleep(seconds)
+    return msvcrt.kbhit()
+
+
+class Console:
+    """Where messages come from: lines edited in a terminal, a paste of several lines being one; or lines of a pipe."""
+
+    def __init__(self):
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self.prompt = "> "
+        if not self.interactive:
+            return
+        try:
+            import readline
+        except ImportError:  # Windows, whose console edits lines itself
+            return
+        readline.parse_and_bind("set enable-bracketed-paste on")
+        if "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
+            self.prompt = "\001\033[1m\002> \001\033[0m\002"  # the marks keep escapes out of readline's widths
+
+    def read(self) -> str:
+        """The next message; EOFError where there are no more."""
+        if not self.interactive:
+            line = sys.stdin.readline()
+            if not line:
+                raise EOFError
+            return line.rstrip("\n")
+        # What waits before the prompt was typed during the reply, a message a line. What comes with the speed of a
+        # machine right after a line is a paste in a terminal that does not mark pastes.
+        typed_before = typed_ahead(0)
+        lines = [input(self.prompt)]
+        while not typed_before and typed_ahead(0.01):
+            lines.append(input())
+        return "\n".join(lines)
+
+
+def reply(session: Session, text: str) -> None:
+    written = ""
+
+    def write(piece: str) -> None:
+        nonlocal written
+        written = piece or written
+        sys.stdout.write(harmless(piece))
+        sys.stdout.flush()
+
+    left_out = session.left_out
+    why = session.answer(text, write)
+    if not written.endswith("\n"):
+        write("\n")
+    if why:
+        say(f"({why})")
+    if session.left_out and not left_out:
+        say(f"(the context of {session.runtime.context_length} tokens is full: the oldest turns now fall out of it)")
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+
+def show_help(session: Session, argument: str) -> None:
+    for name, (what, help, _) in COMMANDS.items():
+        say(f"{name + ' ' + what:<20}{help}")
+    say("A message that begins with / is typed with // in front. Ctrl-C stops a reply, Ctrl-D ends.")
+
+
+def reset(session: Session, argument: str) -> None:
+    session.turns, session.left_out = [], 0
+    say("(a new conversation)")
+
+
+def set_system(session: Session, argument: str) -> None:
+    session.set_system(argument)
+    say("(the system prompt is set)" if argument else "(no system prompt)")
+
+
+def retry(session: Session, argument: str) -> None:
+    if not session.turns:
+        raise InputError("there is no reply yet to try again")
+    last = session.turns.pop()
+    try:
+        reply(session, last.said)
+    except InputError:
+        session.turns.append(last)
+        raise
+
+
+def save(session: Session, argument: str) -> None:
+    line = json.dumps(session.record(), ensure_ascii=False) + "\n"
+    if not argument:
+        raise InputError("/save needs the name of a file")
+    path = Path(argument).expanduser()
+    try:
+        if path.exists() and path.stat().st_size:
+            with open(path, encoding="utf-8") as file:
+                first = file.readline(LARGEST_TEXT_FILE)
+            if not {"messages", "text"} & read_config(first, argument).keys():
+                raise InputError
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        raise InputError(f"cannot write {argument}: {error.strerror}") from error
+    except (InputError, UnicodeDecodeError):
+        raise InputError(f"{argument} is there already and holds something else; choose another name") from None
+    say(f"(saved to {argument})")
+
+
+def set_value(session: Session, argument: str) -> None:
+    name, _, value = argument.partition(" ")
+    if name:
+        session.settings.assign(name, value.strip())
+        if name == "seed":
+            session.reseed()
+    for shown in [name] if name else SETTINGS:
+        say(f"({shown} = {getattr(session.settings, shown)})")
+
+
+def show_statistics(session: Session, argument: str) -> None:
+    runtime = session.runtime
+    say(f"model: {runtime.kind}, vocabulary {runtime.tokenizer.vocab_size}, context {runtime.context_length}")
+    say(f"conversation: {len(session.turns)} turns, {session.left_out} of them out of the context, "
+        f"{len(runtime.held)} tokens in the model's memory, {len(session.system_ids)} of the system prompt")
+    say(f"last reply: {session.last_reply}")
+
+
+def quit_chat(session: Session, argument: str) -> None:
+    raise EOFError
+
+
+COMMANDS = {
+    "/help": ("", "this list", show_help),
+    "/reset": ("", "start a new conversation; the system prompt stays", reset),
+    "/system": ("TEXT", "tell the model who it is; without TEXT, nothing", set_system),
+    "/retry": ("", "drop the last reply and draw another", retry),
+    "/save": ("FILE", "add the conversation to a .jsonl that train.py can read", save),
+    "/set": ("NAME VALUE", "change a setting; without NAME, show them all", set_value),
+    "/stats": ("", "speed, and how full the context is", show_statistics),
+    "/quit": ("", "end", quit_chat),
+}
+
+
+def take(session: Session, text: str) -> None:
+    """Does what a line asks for: a command, or a message to reply to."""
+    if text.startswith("/") and not text.startswith("//"):
+        name, _, argument = text.strip().partition(" ")
+        if name not in COMMANDS:
+            raise InputError(f"there is no command {name:.40}: /help lists them, // begins a message that begins with /")
+        COMMANDS[name][2](session, argument.strip())
+    elif text.strip() or session.raw:
+        reply(session, text[1:] if text.startswith("//") else text)
+
+
+def converse(session: Session, console: Console) -> None:
+    """Messages and commands until the end of input."""
+    if console.interactive:
+        runtime = session.runtime
+        say(f"{runtime.kind}, context of {runtime.context_length} tokens. /help lists commands, Ctrl-D ends.")
+    while True:
+        try:
+            take(session, console.read())
+        except InputError as error:
+            say(str(error))
+        except KeyboardInterrupt:
+            say("\n(Ctrl-D or /quit ends the chat)")
+        except EOFError:
+            if console.interactive:
+                print()
+            return
+
+
+# -------------------------------------------------------------------------------------------------------- main
+
+
+def choose_device(name: Optional[str]) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return name
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name:.40}: {str(error).splitlines()[0]:.200}") from error
+
+
+def run(options: argparse.Namespace) -> None:
+    settings = Settings()
+    for name in SETTINGS:
+        if (text := getattr(options, name)) is not None:
+            settings.assign(name, text)
+    if options.greedy:
+        settings.temperature = 0.0
+    runtime = open_model(Path(options.model_path).expanduser(), choose_device(options.device))
+    if not (runtime.is_chat or options.raw):
+        say("this model was trained on plain text alone: it continues what it is given")
+    session = Session(runtime, settings, options.system, options.raw or not runtime.is_chat)
+    if options.prompt is None:
+        return converse(session, Console())
+    text = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
+    if not text.strip() and not session.raw:
+        raise InputError("the prompt is empty")
+    reply(session, text)
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", default="checkpoints/best_model.pt",
+                        help="a checkpoint, or a file or folder that export.py wrote (default: %(default)s)")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this once, on stdout alone; - reads standard input")
+    parser.add_argument("--system", metavar="TEXT", default="", help="who the model is and how it should answer")
+    parser.add_argument("--raw", action="store_true", help="continue plain text in place of chatting")
+    for name, known in SETTINGS.items():
+        shown = "" if known.default is None else f" (default: {known.default})"
+        parser.add_argument(f"--{name}", metavar="N", help=known.metadata["help"] + shown)
+    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token: temperature 0")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    options = parser.parse_args(arguments)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # Chinese also where the system's encoding is another
+        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
+    try:
+        run(options)
+        sys.stdout.flush()
+    except InputError as error:
+        if options.traceback:
+            traceback.print_exc()
+        say(f"chat.py: {' '.join(str(error).split())}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
