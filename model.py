@@ -245,14 +245,16 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.context_length = config.context_length
-        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model)
+        table = torch.empty(config.vocab_size, config.d_model)
+        self.token_embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.token_embedding.weight
-        self.reset_rotary()
-        self.reset_parameters()
+        if not table.is_meta:  # to compute there would import a second's worth of torch, for nothing
+            self.reset_rotary()
+            self.reset_parameters()
 
     @torch.jit.unused
     def reset_rotary(self) -> None:
