@@ -80,8 +80,8 @@ class TrainConfig:
     weight_decay: float = setting(0.1, "of the matrices, times the learning rate")
     warmup: float = setting(0.02, "share of the run in which the learning rate rises")
     grad_clip: float = setting(1.0, "largest norm of the gradient")
-    eval_interval: Optional[int] = setting(None, "steps between evaluations (default: 20 in a run)")
-    eval_tokens: int = setting(65536, "tokens of the validation split to evaluate on, at most")
+    eval_interval: Optional[int] = setting(None, "steps between evaluations (default: 12 in a run)")
+    eval_tokens: Optional[int] = setting(None, "tokens of the validation split to evaluate on, at most")
     seed: int = setting(0, "fixes the weights and the order of the data")
     init_from: Optional[str] = setting(None, "start from this checkpoint's weights and tokenizer (fine-tuning)")
     resume: bool = setting(False, "go on from last.pt in out_dir")
@@ -324,6 +324,7 @@ class Trainer:
             fully_shard(self.module)
         elif world.size > 1:
             self.module = nn.parallel.DistributedDataParallel(self.module, gradient_as_bucket_view=True)
+        self.summary = (start.training or {}).get("summary", {}) if start and config.resume else {}
         self.optimizers = make_optimizers(self.model, config.matrix_lr, config.other_lr, config.weight_decay)
         self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
         self.eager = self.module
@@ -467,7 +468,7 @@ def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
     """Fills what the flags left open from the preset and the device."""
     on_gpu = device.type == "cuda"
     name = config.preset or ("26m" if on_gpu else "tiny")
-    open_values = dict(PRESETS[name], preset=name, eval_tokens=2**19 if on_gpu else 2**14,
+    open_values = dict(PRESETS[name], preset=name, eval_tokens=2**19 if on_gpu else 2**13,
                        data_path=[str(HERE / "corpus")],
                        dtype="bfloat16" if on_gpu and torch.cuda.is_bf16_supported(False) else "float32")
     if config.epochs is None and config.max_minutes is None:  # both: whichever is over first
@@ -593,7 +594,7 @@ def run(trainer: Trainer, progress: Progress) -> None:
         done = share_done(config, progress, rows)
         bar.update(min(100.0, 100 * done) - bar.n)
         interval = config.eval_interval
-        if done >= 1 or (progress.step % interval == 0 if interval else int(20 * done) > int(20 * before)):
+        if done >= 1 or (progress.step % interval == 0 if interval else int(12 * done) > int(12 * before)):
             loss, bits = trainer.evaluate()
             metrics.evaluation(progress, rows, loss, bits, say)
             saved = 0.0
@@ -665,7 +666,7 @@ class Metrics:
         self.path = trainer.folder / "metrics.jsonl"
         self.best_train, self.warned = math.inf, False
         self.train_loss, self.shown = math.nan, (progress.tokens, progress.seconds)
-        self.summary: dict = {}
+        self.summary = trainer.summary
         self.lines: List[dict] = []
         self.board = None
         if not self.world.first:

@@ -1,0 +1,105 @@
+"""The whole way as a user goes it, sockets blocked: train, chat in a terminal, export, open every artifact afresh."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NO_NETWORK = '''
+import socket
+
+def refuse(self, address, *rest):
+    if self.family != getattr(socket, "AF_UNIX", None):
+        raise OSError(f"the network was asked for: {address}")
+    return connect(self, address, *rest)
+
+connect, socket.socket.connect, socket.socket.connect_ex = socket.socket.connect, refuse, refuse
+'''
+TALKS = [("你好", "你好！有什么可以帮你？"), ("谢谢", "不客气！"), ("再见", "再见，祝你愉快！"),
+         ("你好，请问", "请说。"),
+         ("hello", "Hello! How can I help?"), ("thanks", "You are welcome."), ("bye", "Goodbye!")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A user's folder, with a chat file of their own and no way to the network."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "sitecustomize.py").write_text(NO_NETWORK)
+    with open(folder / "chats.jsonl", "w", encoding="utf-8") as file:
+        for n in range(30):
+            turns = TALKS[n % 7], TALKS[(n * 3 + n // 7) % 7]
+            messages = [{"role": role, "content": text} for turn in turns
+                        for role, text in zip(("user", "assistant"), turn, strict=True)]
+            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    return folder
+
+
+def environment(place: Path, *more: Path) -> dict:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (place, *more))), "PYTHONIOENCODING": "utf-8",
+            "HF_HUB_OFFLINE": "1"}
+
+
+def python(place: Path, *arguments: str, path: tuple = ()) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=place, env=environment(place, *path), capture_output=True,
+                          text=True, encoding="utf-8", timeout=240, check=False)
+
+
+@pytest.fixture(scope="module")
+def trained(place) -> Path:
+    done = python(place, str(ROOT / "train.py"), "--data_path", "chats.jsonl", "--epochs", "40", "--n_layer", "2",
+                  "--d_model", "48", "--n_head", "4", "--n_kv_head", "2", "--d_ff", "96", "--context_length", "64",
+                  "--batch_size", "4", "--vocab_size", "400", "--cache_dir", "cache", "--device", "cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return place
+
+
+@pytest.fixture(scope="module")
+def exported(trained) -> Path:
+    done = python(trained, str(ROOT / "export.py"), "--format", "all")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((trained / "exported_models/export_report.json").read_text())["passed"] is True
+    return trained
+
+
+def test_the_network_is_really_blocked(place):
+    tried = python(place, "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9')")
+    assert "the network was asked for" in tried.stderr
+
+
+def test_a_trained_model_answers_in_a_terminal(trained):
+    chat = pexpect.spawn(sys.executable, [str(ROOT / "chat.py"), "--greedy"], cwd=str(trained), encoding="utf-8",
+                         env={**environment(trained), "TERM": "dumb"}, timeout=60)
+    for question, answer in (("谢谢", "不客气！"), ("hello", "How can I help"), ("再见", "祝你愉快")):
+        chat.sendline(question)
+        chat.expect_exact(answer)
+    chat.sendeof()
+    chat.expect(pexpect.EOF)
+    chat.close()
+    assert chat.exitstatus == 0
+
+
+def blocks(page: str) -> list:
+    return re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("number", range(len(blocks("README_en.md"))))
+def test_every_python_block_of_the_readme_runs_as_it_stands(exported, number):
+    """README.md has the same blocks, which test_house.py checks."""
+    code = blocks("README_en.md")[number]
+    of_this_repo = "from model" in code or "from data" in code
+    done = python(exported, "-c", code, path=(ROOT,) if of_this_repo else ())
+    assert done.returncode == 0, code + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("artifact", ["huggingface", "transformers", "model.pt", "model.onnx"])
+def test_chat_says_the_same_through_every_artifact(exported, artifact):
+    replies = [python(exported, str(ROOT / "chat.py"), "--greedy", "--prompt", "谢谢", "--model_path", path).stdout
+               for path in ("checkpoints/best_model.pt", f"exported_models/{artifact}")]
+    assert replies[0] == replies[1]
+    assert "不客气" in replies[0]
