@@ -78,7 +78,8 @@ class Muon(torch.optim.Optimizer):
             parameter.mul_(1 - group["lr"] * group["weight_decay"] * ok).sub_(update * (group["lr"] * ok))
 
 
-def make_optimizers(model: GPT, matrix_lr: float, other_lr: float, weight_decay: float) -> List[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, learning_rate: float, embedding_lr: float,
+                    weight_decay: float) -> List[torch.optim.Optimizer]:
     """[Muon, AdamW] over all parameters of the model. Weight decay goes to matrices alone."""
     config, matrices, others = model.config, [], []
     kv = config.n_kv_head * config.head_dim
@@ -89,8 +90,8 @@ def make_optimizers(model: GPT, matrix_lr: float, other_lr: float, weight_decay:
             matrices.append(dict(params=[parameter], rows=split))
         else:
             others.append(parameter)
-    muon = Muon(matrices, lr=matrix_lr, weight_decay=weight_decay)
-    adamw = torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
+    muon = Muon(matrices, lr=learning_rate, weight_decay=weight_decay)
+    adamw = torch.optim.AdamW(others, lr=embedding_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     for optimizer in (muon, adamw):
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]  # what the schedule scales

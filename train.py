@@ -36,13 +36,13 @@ HERE = Path(__file__).resolve().parent
 # A preset answers what the flags leave open. Sizes in parameters; the vocabulary follows from the data.
 PRESETS = {
     "tiny": dict(n_layer=4, n_head=4, n_kv_head=4, d_model=256, d_ff=704, context_length=256, batch_size=16,
-                 matrix_lr=0.02, other_lr=0.004),
+                 learning_rate=0.02, embedding_lr=0.004),
     "26m": dict(n_layer=8, n_head=8, n_kv_head=2, d_model=512, d_ff=1408, context_length=512, batch_size=32,
-                matrix_lr=0.02, other_lr=0.003),
+                learning_rate=0.02, embedding_lr=0.003),
     "64m": dict(n_layer=8, n_head=12, n_kv_head=4, d_model=768, d_ff=2048, context_length=512, batch_size=64,
-                matrix_lr=0.02, other_lr=0.003),
+                learning_rate=0.02, embedding_lr=0.003),
     "124m": dict(n_layer=12, n_head=12, n_kv_head=12, d_model=768, d_ff=2048, context_length=1024, batch_size=256,
-                 matrix_lr=0.02, other_lr=0.002),
+                 learning_rate=0.02, embedding_lr=0.002),
 }
 
 
@@ -59,7 +59,7 @@ class TrainConfig:
 
     data_path: Optional[List[str]] = setting(None, "files, folders or globs to train on (default: the embedded corpus)")
     out_dir: str = setting("checkpoints", "where checkpoints, metrics and the loss curve go")
-    preset: Optional[str] = setting(None, "model size (default: tiny on a CPU, 26m on a GPU)", choices=sorted(PRESETS))
+    preset: Optional[str] = setting(None, "model size (default: tiny on a CPU, 26m on a GPU)", choices=list(PRESETS))
     epochs: Optional[float] = setting(None, "passes over the data")
     max_minutes: Optional[float] = setting(None, "end, annealed, after this many minutes")
     batch_size: Optional[int] = setting(None, "rows of context_length tokens a step, over all devices")
@@ -75,8 +75,8 @@ class TrainConfig:
     tokenizer: Optional[str] = setting(None, "a tiktoken encoding in place of a BPE trained on the data",
                                        choices=["gpt2", "cl100k_base", "o200k_base"])
     vocab_size: Optional[int] = setting(None, "size of the trained BPE (default: from the size of the data)")
-    matrix_lr: Optional[float] = setting(None, "peak learning rate of Muon, for the matrices in the blocks")
-    other_lr: Optional[float] = setting(None, "peak learning rate of AdamW, for embeddings and norms")
+    learning_rate: Optional[float] = setting(None, "peak learning rate of Muon, for the matrices in the blocks")
+    embedding_lr: Optional[float] = setting(None, "peak learning rate of AdamW, for embeddings and norms")
     weight_decay: float = setting(0.1, "of the matrices, times the learning rate")
     warmup: float = setting(0.02, "share of the run in which the learning rate rises")
     grad_clip: float = setting(1.0, "largest norm of the gradient")
@@ -325,7 +325,7 @@ class Trainer:
         elif world.size > 1:
             self.module = nn.parallel.DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         self.summary = (start.training or {}).get("summary", {}) if start and config.resume else {}
-        self.optimizers = make_optimizers(self.model, config.matrix_lr, config.other_lr, config.weight_decay)
+        self.optimizers = make_optimizers(self.model, config.learning_rate, config.embedding_lr, config.weight_decay)
         self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
         self.eager = self.module
         if config.compile:
@@ -480,7 +480,7 @@ def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
     for key, least in (("batch_size", 1), ("grad_accumulation", 1), ("context_length", 2), ("eval_tokens", 1)):
         if getattr(config, key) < least:
             raise InputError(f"--{key} must be at least {least}, not {getattr(config, key)}")
-    for key in ("epochs", "max_minutes", "matrix_lr", "other_lr", "grad_clip", "eval_interval"):
+    for key in ("epochs", "max_minutes", "learning_rate", "embedding_lr", "grad_clip", "eval_interval"):
         value = getattr(config, key)
         if value is not None and not 0 < value < math.inf:
             raise InputError(f"--{key} must be above 0, not {value}")
@@ -600,7 +600,7 @@ def run(trainer: Trainer, progress: Progress) -> None:
             saved = 0.0
         if progress.skipped_in_a_row >= 20:
             raise InputError(f"the loss has been NaN or infinite for {progress.skipped_in_a_row} steps in a row; "
-                             f"{folder / 'last.pt'} holds the last good state; try half the --matrix_lr and --other_lr")
+                             f"{folder / 'last.pt'} holds the last good state; try half the --learning_rate")
         if stop.signal or time.monotonic() - saved > 60:
             metrics.save("last.pt", progress)
             saved = time.monotonic()
@@ -805,7 +805,8 @@ def parse(arguments: Optional[List[str]] = None) -> tuple[TrainConfig, dict, boo
         else:
             options["type"] = next(t for t in (int, float, str) if t.__name__ in kind)
             options["choices"] = f.metadata.get("choices")
-            options["metavar"] = None if options["choices"] else f.name.split("_")[-1].upper()
+            names = {int: "N", float: "X", str: "PATH" if "path" in f.name or "dir" in f.name else "NAME"}
+            options["metavar"] = None if options["choices"] else names[options["type"]]
             if "List" in kind:
                 options["nargs"] = "+"
         parser.add_argument(f"--{f.name}", **options)

@@ -41,7 +41,7 @@ def a_model_with_gradients() -> GPT:
 def test_one_step_is_the_plain_formula_for_every_matrix_and_fused_rows_are_matrices_of_their_own():
     model = a_model_with_gradients()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    muon, adamw = make_optimizers(model, matrix_lr=0.1, other_lr=0.01, weight_decay=0.5)
+    muon, adamw = make_optimizers(model, learning_rate=0.1, embedding_lr=0.01, weight_decay=0.5)
     muon.found_inf = adamw.found_inf = torch.zeros(())
     muon.step()
     adamw.step()
