@@ -28,6 +28,7 @@ from data import StreamDecoder, Tokenizer, _byte_of_character, render_chat
 from model import GPT, Checkpoint, GPTConfig, InputError, sample
 
 PENALTY_WINDOW = 64  # newest tokens of a reply that the repetition penalty looks at
+SMALL_MODEL = 2**26  # bytes
 LARGEST_TEXT_FILE = 2**28  # bytes of config.json or tokenizer.json; the largest vocabulary in use needs some 2**25
 
 
@@ -93,15 +94,17 @@ class Runtime:
             if old != new:
                 break
             kept += 1
-        del self.held[kept:]
-        logits = self.feed(kept, ids[kept:])
-        self.held = list(ids)
-        return logits[:self.tokenizer.vocab_size]
+        return self.extend(self.held[:kept], ids[kept:])
 
     def step(self, token: int) -> Tensor:
         """Logits after one more token."""
-        logits = self.feed(len(self.held), [token])
-        self.held.append(token)
+        return self.extend(self.held, [token])
+
+    def extend(self, held: List[int], new: List[int]) -> Tensor:
+        self.held = []  # what an interrupt in the middle of the model leaves behind is not to be trusted
+        logits = self.feed(len(held), new)
+        held += new
+        self.held = held
         return logits[:self.tokenizer.vocab_size]
 
 
@@ -211,7 +214,11 @@ def open_transformers(path: Path, device: str) -> Runtime:
 
     @torch.inference_mode()
     def feed(kept: int, new: List[int]) -> Tensor:
-        cache.crop(kept)
+        nonlocal cache
+        if not kept:
+            cache = DynamicCache()
+        elif surplus := cache.get_seq_length() - kept:
+            cache.crop(-surplus)
         ids = torch.tensor([new], device=device)
         return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
 
@@ -349,6 +356,9 @@ def open_model(path: Path, device: str) -> Runtime:
                   and (entry / "config.json").exists()]
         hint = f"; it holds {', '.join(map(str, inside[:5]))}" if inside else ""
         raise InputError(f"{path}: a folder without a model{hint}")
+    parts = path.glob("*.safetensors") if path.is_dir() else [path]
+    if sum(part.stat().st_size for part in parts) < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # splitting products this small costs more than it saves, more so on a busy machine
     try:
         opener = next(opener for fits, opener in (FOLDERS if path.is_dir() else FILES) if fits(path))
         return opener(path, device)
@@ -654,7 +664,7 @@ def take(session: Session, text: str) -> None:
     if text.startswith("/") and not text.startswith("//"):
         name, _, argument = text.strip().partition(" ")
         if name not in COMMANDS:
-            raise InputError(f"there is no command {name:.40}: /help lists them, // begins a message that begins with /")
+            raise InputError(f"no command {name:.40}: /help lists them, // begins a message that begins with /")
         COMMANDS[name][2](session, argument.strip())
     elif text.strip() or session.raw:
         reply(session, text[1:] if text.startswith("//") else text)
@@ -671,7 +681,8 @@ def converse(session: Session, console: Console) -> None:
         except InputError as error:
             say(str(error))
         except KeyboardInterrupt:
-            say("\n(Ctrl-D or /quit ends the chat)")
+            print()
+            say("(Ctrl-D or /quit ends the chat)")
         except EOFError:
             if console.interactive:
                 print()
@@ -724,8 +735,6 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     options = parser.parse_args(arguments)
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # Chinese also where the system's encoding is another
-        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     try:
         run(options)
         sys.stdout.flush()
@@ -743,4 +752,6 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # Chinese also where the system's encoding is another
+        stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     sys.exit(main())
