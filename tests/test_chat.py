@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -466,6 +467,8 @@ def test_ctrl_c_stops_a_reply_and_ctrl_d_ends(tiny_checkpoint, terminal):
     assert "(stopped)" in prompt(child)
     assert "1 turns" in say(child, "/stats")
     child.send("half a line")
+    child.expect_exact("half a line")
+    time.sleep(0.2)  # faster than a person, the signal would come between two of Python's looks for one
     child.sendintr()
     assert "/quit" in prompt(child)
     say(child, "/set max_new_tokens 5")
