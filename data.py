@@ -24,11 +24,12 @@ import shutil
 import time
 import uuid
 import zlib
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Optional, Sequence, Union
 
@@ -54,7 +55,7 @@ GROUP = 1 << 18  # characters that go into one call of tiktoken; a call costs as
 # Places where every split pattern in use ends one piece and starts the next whatever stands around, so that cutting
 # there leaves the tokens as they are: before a blank, after a newline, before Chinese punctuation.
 SAFE_CUT = re.compile(r"(?<=\S)(?=[^\S\r\n])|(?<=\S\n)(?=[^\s/])|(?<=[一-龥])(?=[，。！？；：、])")
-TRAINING_SAMPLE = 1 << 26  # bytes of text that a tokenizer is trained on at most
+TRAINING_SAMPLE = 1 << 25  # bytes of text that a tokenizer is trained on at most
 UNBROKEN_RUN = re.compile(r"\w{257,}|[^\w\s]{257,}|\s{257,}")
 
 
@@ -564,7 +565,7 @@ def _read_json_values(stream: io.BufferedReader, encoding: str) -> Iterator[tupl
     text = io.TextIOWrapper(stream, encoding, "mark-undecodable")
     decode = json.JSONDecoder().raw_decode
     between, candidate = re.compile(r"[\s,\]]*"), re.compile(r"[,\n][ \t\r]*(?={)")
-    buffer, at, line, ended, lost, too_deep = text.read(BLOCK), 0, 1, False, False, 0
+    buffer, line, counted, ended, lost, too_deep = text.read(BLOCK), 1, 0, False, False, 0
     at = re.compile(r"\s*\[?").match(buffer).end()
     while True:
         if not lost:
@@ -584,21 +585,22 @@ def _read_json_values(stream: io.BufferedReader, encoding: str) -> Iterator[tupl
         if more:
             if ended:
                 return
-            line += buffer.count("\n", 0, at)
+            line += buffer.count("\n", counted, at)
             following = text.read(max(BLOCK, len(buffer) - at))
-            buffer, at, ended = buffer[at:] + following, 0, not following
+            buffer, at, counted, ended = buffer[at:] + following, 0, 0, not following
             continue
+        line, counted = line + buffer.count("\n", counted, at), at
         if not reason:
             try:
                 record = to_record(value)
             except BadRecord as error:
                 record = error
             if not lost or isinstance(record, Record):
-                yield line + buffer.count("\n", 0, at), record
+                yield line, record
                 lost, at = False, end
                 continue
         elif not lost:
-            yield line + buffer.count("\n", 0, at), BadRecord(reason)
+            yield line, BadRecord(reason)
             lost = True
         if too_deep > 1000:  # each costs about a millisecond
             return
@@ -795,10 +797,9 @@ class Prepared:
 
     tokens (N,) uint16 or uint32; supervised (N,) uint8, 1 where a token is to be learnt as a target; documents
     (documents + 1,) int64 offsets; kinds (documents,) TEXT or CHAT; checksums (documents,) crc32 of their tokens.
-    `bytes` counts the UTF-8 bytes of all tokens; `key` tells one corpus and tokenizer from another.
+    `bytes` counts the UTF-8 bytes of all tokens.
     """
 
-    key: str
     tokenizer: Tokenizer
     report: ReadReport
     bytes: int
@@ -823,7 +824,7 @@ def _split(prepared: Prepared) -> dict[str, tuple[np.ndarray, np.ndarray, np.nda
     """Token ranges and kinds of each split, the same whenever the corpus is the same.
 
     Of 20 documents and more, those whose checksum is a multiple of 20 are for validation; of fewer, the last tenth
-    of each text and the last chat.
+    of each text and the last of several chats.
     """
     starts, stops, kinds = prepared.documents[:-1], prepared.documents[1:], prepared.kinds
     if len(kinds) >= 20:
@@ -837,11 +838,11 @@ def _split(prepared: Prepared) -> dict[str, tuple[np.ndarray, np.ndarray, np.nda
     cuts = np.where(texts, stops - np.maximum(1, (stops - starts) // 10), stops)
     # A validation part starts with the last token of the training part, which it does not have to predict.
     train, val = [starts, cuts, kinds], [np.where(texts, cuts - 1, starts), stops, kinds]
-    held = texts.copy()
-    held[chats[-1:]] = True
-    trained = np.ones(len(kinds), dtype=bool)
-    if len(kinds) > 1:
-        trained[chats[-1:]] = False
+    held, trained = texts.copy(), np.ones(len(kinds), dtype=bool)
+    if len(chats) > 1:
+        held[chats[-1]], trained[chats[-1]] = True, False
+    elif not texts.any():
+        held[:] = True  # the one chat there is; prepare notes it
     return {"train": tuple(a[trained] for a in train), "val": tuple(a[held] for a in val)}
 
 
@@ -856,34 +857,53 @@ def prepare(paths: Union[str, Path, Sequence[Union[str, Path]]], tokenizer: Unio
         raise InputError("vocab_size is for a tokenizer trained on the corpus; this one has a size of its own")
     if isinstance(tokenizer, str):
         tokenizer = Tokenizer.named(tokenizer)
-    files = find_files(paths)
+    files, cache_dir = find_files(paths), Path(cache_dir)
     total = sum(path.stat().st_size for path in files)
-    wanted = ["train", vocab_size, PATTERN] if tokenizer is None else tokenizer.to_dict()
-    wanted = json.dumps([CACHE_VERSION, _fingerprint(files, total, progress), wanted])
-    folder = Path(cache_dir) / hashlib.blake2b(wanted.encode(), digest_size=12).hexdigest()
-    if prepared := _open_cache(folder):
-        return prepared
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder.parent)
-        aside = folder.parent / f"tmp-{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        aside.mkdir()
-    except OSError as error:
-        raise InputError(f"{cache_dir}: cannot write the prepared data ({error.strerror})") from None
-    try:
+    content = _fingerprint(files, total, progress)
+    if tokenizer is None:
+        vocab_size = vocab_size or min(max(2 ** round(math.log2(2 * math.sqrt(max(total, 1)))), 512), 32768)
+        trained = cache_dir / f"{_key(content, PATTERN, vocab_size)}.json"
+        tokenizer = _open_tokenizer(trained)
         if tokenizer is None:
-            size = vocab_size or min(max(2 ** round(math.log2(2 * math.sqrt(max(total, 1)))), 512), 32768)
-            tokenizer = Tokenizer.train(_sample_texts(files, total, progress), size)
-        _tokenise(files, total, tokenizer, aside, progress)
-        _put_in_place(aside, folder)
+            tokenizer = Tokenizer.train(_sample_texts(files, total, progress), vocab_size)
+            with _aside(cache_dir) as aside:
+                (aside / trained.name).write_text(json.dumps(tokenizer.to_dict()), encoding="utf-8")
+                (aside / trained.name).replace(trained)
+    folder = cache_dir / _key(content, tokenizer.to_dict())
+    prepared = _open_cache(folder, tokenizer)
+    if prepared is None:
+        with _aside(cache_dir) as aside:
+            (aside / "arrays").mkdir()
+            _tokenise(files, total, tokenizer, aside / "arrays", progress)
+            if folder.exists() and _open_cache(folder, tokenizer) is None:  # else another process was first
+                folder.rename(aside / "damaged")
+            if not folder.exists():
+                (aside / "arrays").rename(folder)
+        prepared = _open_cache(folder, tokenizer)
+    if prepared is None:
+        raise InputError(f"{folder}: the prepared data is damaged as soon as written; is the disk sound?")
+    if prepared.kinds.tolist() == [CHAT]:
+        prepared.report.notes.append("there is only one conversation: validation repeats what is trained on")
+    return prepared
+
+
+def _key(*parts: object) -> str:
+    return hashlib.blake2b(json.dumps([CACHE_VERSION, *parts]).encode(), digest_size=12).hexdigest()
+
+
+@contextmanager
+def _aside(cache_dir: Path) -> Iterator[Path]:
+    """A folder to write in, gone at the end; what cannot be written is an InputError."""
+    folder = cache_dir / f"tmp-{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(cache_dir)
+        folder.mkdir()
+        yield folder
     except OSError as error:
         raise InputError(f"{cache_dir}: cannot write the prepared data ({error.strerror})") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    prepared = _open_cache(folder)
-    if prepared is None:
-        raise InputError(f"{folder}: the prepared data is damaged as soon as written; is the disk sound?")
-    return prepared
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fingerprint(files: list[Path], total: int, progress: Progress) -> list:
@@ -959,7 +979,7 @@ def _tokenise(files: list[Path], total: int, tokenizer: Tokenizer, folder: Path,
         array.tofile(folder / name)
     checks += [zlib.crc32(array) for array in small.values()]
     meta = {"version": CACHE_VERSION, "dtype": dtype.name, "bytes": corpus_bytes, "report": asdict(report),
-            "tokenizer": tokenizer.to_dict(), "crc32": dict(zip(ARRAYS, checks, strict=True))}
+            "crc32": dict(zip(ARRAYS, checks, strict=True))}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
@@ -1000,7 +1020,14 @@ def _encode_records(tokenizer: Tokenizer, records: list[Record], dtype: np.dtype
     return joined, np.concatenate(supervised), parts, int(tokenizer.token_byte_lengths[joined].sum())
 
 
-def _open_cache(folder: Path) -> Optional[Prepared]:
+def _open_tokenizer(path: Path) -> Optional[Tokenizer]:
+    try:
+        return Tokenizer.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, InputError):
+        return None
+
+
+def _open_cache(folder: Path, tokenizer: Tokenizer) -> Optional[Prepared]:
     """The prepared data in a folder, or None where any of it is missing or not as it was written."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -1008,35 +1035,22 @@ def _open_cache(folder: Path) -> Optional[Prepared]:
             return None
         arrays = {}
         for name, dtype in ARRAYS.items():
-            array = np.memmap(folder / name, dtype=dtype or meta["dtype"], mode="r")
             check = 0
-            for start in range(0, len(array), BLOCK):
-                check = zlib.crc32(array[start:start + BLOCK], check)
+            with open(folder / name, "rb") as file:  # through the map, each page would count as memory in use
+                while block := file.read(BLOCK):
+                    check = zlib.crc32(block, check)
             if check != meta["crc32"][name]:
                 return None
-            arrays[name.removesuffix(".bin")] = array
-        tokenizer, report = Tokenizer.from_dict(meta["tokenizer"]), ReadReport(**meta["report"])
-        return Prepared(key=folder.name, tokenizer=tokenizer, report=report, bytes=meta["bytes"], **arrays)
-    except (OSError, ValueError, KeyError, TypeError, InputError):
+            arrays[name.removesuffix(".bin")] = np.memmap(folder / name, dtype=dtype or meta["dtype"], mode="r")
+        return Prepared(tokenizer=tokenizer, report=ReadReport(**meta["report"]), bytes=meta["bytes"], **arrays)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _put_in_place(aside: Path, folder: Path) -> None:
-    try:
-        aside.rename(folder)
-    except OSError:
-        if _open_cache(folder):  # another process was first
-            return
-        damaged = aside.with_name(aside.name + "-damaged")
-        folder.rename(damaged)
-        aside.rename(folder)
-        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def _remove_leftovers(cache_dir: Path) -> None:
     """Removes what processes that died have left: those of this machine at once, others after a day."""
     for path in cache_dir.glob("tmp-*"):
-        host, _, pid = path.name.removeprefix("tmp-").removesuffix("-damaged").rpartition("-")[0].rpartition("-")
+        host, _, pid = path.name.removeprefix("tmp-").rpartition("-")[0].rpartition("-")
         alive = time.time() - path.stat().st_mtime < 86400
         if os.name == "posix" and host == platform.node() and pid.isdigit():
             try:
@@ -1063,6 +1077,7 @@ def masked_sample(prepared: Prepared) -> list[tuple[str, bool]]:
 
 # ----------------------------------------------------------------------------------------------------- packing
 
+PADDING = 0.025  # share of slots that may stay empty before pieces are cut to fill them
 NO_TARGET = -100  # ignored by the loss, as in torch.nn.functional.cross_entropy
 
 
@@ -1160,14 +1175,69 @@ class Packed:
                     columns.append(order[next_of[size]:next_of[size] + bins * times].reshape(bins, times))
                     next_of[size] += bins * times
                 tables.append(np.concatenate(columns, 1))
+            members = np.concatenate([table.ravel() for table in tables])
             lengths = np.concatenate([np.full(len(table), table.shape[1]) for table in tables])
-            flat = np.concatenate([table.ravel() for table in tables])
-            offsets = np.cumsum(lengths) - lengths
-            rows = rng.permutation(len(lengths))
-            members = flat[_ranges(offsets[rows], lengths[rows])]
-            self._plan = pieces, members, np.concatenate([[0], np.cumsum(lengths[rows])])
-            self._plan_epoch = epoch
+            row_of = np.repeat(np.arange(len(lengths)), lengths)
+            pieces, members, row_of = self._fill_gaps(pieces, members, row_of, rng)
+            names, row_of = np.unique(row_of, return_inverse=True)
+            row_of = rng.permutation(len(names))[row_of]
+            by_row = np.argsort(row_of, kind="stable")
+            offsets = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
+            self._plan, self._plan_epoch = (pieces, members[by_row], offsets), epoch
         return self._plan
+
+    def _fill_gaps(self, pieces: np.ndarray, members: np.ndarray, row_of: np.ndarray,
+                   rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where pieces fit badly side by side, takes some rows apart to fill the gaps of the others.
+
+        Their pieces are cut where a user's turn starts if that is near, else where the gap ends. Other rows are
+        taken apart in each epoch, so that each piece is whole in most of them.
+        """
+        context = self.context_length
+        sizes = (pieces[:, 1] + pieces[:, 3])[members]
+        gaps = context - np.bincount(row_of, sizes).astype(np.int64)
+        if gaps.sum() <= PADDING * gaps.size * context:
+            return pieces, members, row_of
+        ascending = np.sort(gaps)
+        tolerated = ascending[np.searchsorted(np.cumsum(ascending), PADDING * gaps.size * context)]
+        order = rng.permutation(len(gaps))
+        wanted = np.where(gaps > max(tolerated, context // 32), gaps, 0)[order]
+        donors = int(np.searchsorted(np.cumsum(context - gaps[order]) + np.cumsum(wanted), wanted.sum()))
+        is_donor = np.zeros(len(gaps), dtype=bool)
+        is_donor[order[:donors]] = True
+        given = is_donor[row_of]
+        if not donors:
+            return pieces, members, row_of
+        starts, slots = pieces[members[given], 0], pieces[members[given], 1]  # without the system message before
+        ends = np.cumsum(slots)
+        marks = np.union1d(self._user_turns(starts, slots), [0, *ends]).tolist()
+        fillers = order[donors:][wanted[donors:] > 0]
+        cuts, done = [], 0
+        for gap in chain(gaps[fillers].tolist(), repeat(context)):  # what is left over makes rows of its own
+            stop = min(done + gap, marks[-1])
+            near = marks[bisect_right(marks, stop) - 1]
+            done = near if near > done and stop - near <= context // 32 else stop
+            cuts.append(done)
+            if done == marks[-1]:
+                break
+        rows = np.concatenate([fillers[:len(cuts)], len(gaps) + np.arange(max(0, len(cuts) - len(fillers)))])
+        edges = np.union1d(cuts, ends)
+        begins = np.concatenate([[0], edges[:-1]])
+        piece = np.searchsorted(ends, begins, "right")
+        parts = np.zeros((len(edges), 4), dtype=np.int64)
+        parts[:, 0], parts[:, 1] = starts[piece] + begins - (ends - slots)[piece], edges - begins
+        return (np.concatenate([pieces, parts]),
+                np.concatenate([members[~given], len(pieces) + np.arange(len(parts))]),
+                np.concatenate([row_of[~given], rows[np.searchsorted(cuts, begins, "right")]]))
+
+    def _user_turns(self, starts: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """Where a user's turn starts in the slots of these pieces laid end to end."""
+        tokenizer = self.prepared.tokenizer
+        source = _ranges(starts, slots)
+        turns = np.flatnonzero(self._tokens[source] == tokenizer.im_start_id)
+        for i, token in enumerate(tokenizer._headers["user"]):
+            turns = turns[self._tokens[source[turns] + 1 + i] == token]
+        return turns
 
     def rows(self, epoch: int) -> int:
         """How many rows the epoch has; cutting texts at other places may change it by a few."""
