@@ -1,0 +1,687 @@
+"""Write the embedded corpus from the phrase banks: python corpus/build.py [--out FOLDER]
+
+Reads corpus/banks/*.json and writes chat_*.jsonl (training) and heldout.jsonl (never trained on), one conversation a
+line in the OpenAI `messages` form. The same banks give the same bytes on every machine.
+"""
+import argparse
+import json
+import random
+import re
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple, Optional
+
+HERE = Path(__file__).resolve().parent
+LANGUAGES = ("zh", "en")
+SKILLS = {"talk": "1 greetings", "facts": "2 facts", "math": "3 sums", "memory": "4 memory", "words": "5 words",
+          "stories": "6 stories", "unknown": "7 not knowing"}
+# Conversations a file. Chinese comes first; a file stops earlier where its phrasings run out.
+SIZES = {"talk": (1150, 850), "facts": (2150, 1450), "math": (2100, 1350), "memory": (780, 540),
+         "words": (1700, 1200), "stories": (440, 300), "unknown": (1200, 850), "mixed": (820, 560)}
+HELD_OUT_EACH = 72  # held-out items a skill and language
+CHOICE = re.compile(r"\[([^\[\]]*)\]")
+PUNCTUATION = re.compile(r"[\W_]+")
+
+BANKS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((HERE / "banks").glob("*.json"))}
+
+
+class Turn(NamedTuple):
+    """What is asked, what is answered, and how a reply to it is judged (benchmarks/skills.py says what `match` means)."""
+    user: str
+    answer: str
+    keys: tuple = ()
+    match: str = "any"
+
+
+def normalised(text: str) -> str:
+    """Text without case, blanks and punctuation, to tell one phrasing from another. Pure punctuation stays itself."""
+    return PUNCTUATION.sub("", text.lower()) or text
+
+
+# ------------------------------------------------------------------------------------------------------- phrases
+
+
+def expand(rng: random.Random, template: str, **values: object) -> str:
+    """One reading of a template: [a|b] is a choice, a ? behind a Chinese character or a choice makes it optional."""
+    template = re.sub(r"(\[[^\[\]]*\]|[\u4e00-\u9fff，“”])\?(?!$)", lambda m: m[1] if rng.random() < 0.5 else "", template)
+    while CHOICE.search(template):
+        template = CHOICE.sub(lambda m: rng.choice(m[1].split("|")), template)
+    for name, value in values.items():
+        template = template.replace("{" + name + "}", str(value))
+    return template
+
+
+def capital(text: str) -> str:
+    """The text with a large first letter."""
+    return text[:1].upper() + text[1:]
+
+
+ORDER = re.compile("告诉|说|请|把|帮|学|念|照|跟|重复|算|计算|从|讲|写|来|给|介绍|翻译|我想|你|推荐|喂|数|解释|复述|拼|考考|如果|今天")
+OPENINGS = {"zh": ["请问", "请问，", "你好，请问", "您好，请问", "小苗，", "我想问一下，", "问一下，", "嗨，", "你好，", "那", "嗯，", "请问一下，",
+                   "小苗你好，", "我问你，", "能不能告诉我，"],
+            "en": ["Please, ", "Hi, ", "Hello, ", "Hey, ", "Sprout, ", "Hey Sprout, ", "Excuse me, ", "So, ", "Now, ", "Okay, ",
+                   "Quick question: ", "Well, ", "Hello Sprout, ", "I wonder, "]}
+
+
+def spoken(rng: random.Random, text: str, language: str, held: bool = False, opening: bool = True) -> str:
+    """A question as people type it: with or without a polite opening, a full stop, large letters."""
+    if opening and not held and rng.random() < 0.22:
+        # Chinese "may I ask" goes before a question, not before an order.
+        start = rng.choice([opening for opening in OPENINGS[language] if "问" not in opening and "能不能" not in opening]
+                           if ORDER.match(text) else OPENINGS[language])
+        text = start + (text[:1].lower() + text[1:] if language == "en" and not re.match(r"I\b|I'", text) else text)
+    if rng.random() < (0.15 if held else 0.25):
+        text = text.rstrip("？。?.！!") or text
+    if language == "zh" and rng.random() < 0.08:
+        text = text.replace("？", "?").replace("，", ",")
+    if language == "en" and not held and rng.random() < 0.15:
+        text = text.lower()
+    return text
+
+
+def phrase(rng: random.Random, bank: dict, held: bool) -> str:
+    """A template of the bank: one that training sees, or one that it never sees."""
+    return rng.choice(bank["heldout" if held else "train"])
+
+
+# ------------------------------------------------------------------------------------------------- 1 small talk
+
+
+INTENT_WEIGHTS = {language: [len(intent[language]["train"]) + 3 for intent in BANKS["talk"]["intents"]]
+                  for language in LANGUAGES}
+INTENTS = {intent["name"]: intent for intent in BANKS["talk"]["intents"]}
+
+
+def talk(rng: random.Random, language: str, held: bool = False, name: Optional[str] = None) -> Turn:
+    """Greetings, thanks, farewells, who the assistant is and what it can do."""
+    while True:
+        intent = (INTENTS[name] if name else
+                  rng.choices(BANKS["talk"]["intents"], INTENT_WEIGHTS[language])[0])[language]
+        if intent["heldout"] or not held:
+            break
+    text = expand(rng, phrase(rng, intent, held))
+    if language == "en" and not held and rng.random() < 0.2:
+        text = text.lower()
+    if not held and rng.random() < 0.15 and len(text) > 2:
+        text = text.rstrip("？。?.！!") or text
+    return Turn(text, rng.choice(intent["answers"]), tuple(intent["keys"]))
+
+
+# ------------------------------------------------------------------------------------------------------ 2 facts
+
+
+COUNTRIES = BANKS["countries"]
+COLUMNS = {"capital": 2, "continent": 4, "language": 6, "currency": 8}
+
+
+def country(rng: random.Random, language: str, held: bool = False, kind: Optional[str] = None,
+            follow: bool = False) -> Turn:
+    """Capital, continent, language or currency of a country, or whose capital a city is."""
+    en = language == "en"
+    kind = kind or rng.choice(["capital", "capital", "continent", "language", "currency", "country"])
+    row = rng.choice(COUNTRIES["rows"])
+    while kind == "country" and row[1] == "Singapore":  # the city asks for the country of its own name
+        row = rng.choice(COUNTRIES["rows"])
+    called = row[en]
+    if not held and rng.random() < 0.3:
+        names = [name for name in COUNTRIES["aliases"].get(row[0], []) if name.isascii() == en]
+        called = rng.choice(names) if names else called
+    value = row[3 if en else 2] if kind == "country" else row[COLUMNS[kind] + en]
+    bank = {"train": COUNTRIES["follow"][language]} if follow else COUNTRIES["ask"][kind][language]
+    text = expand(rng, phrase(rng, bank, held), c=called, x=value)
+    answer = expand(rng, COUNTRIES["answer"][kind][language][0], c=row[en], C=capital(row[en]), v=value, x=value)
+    key = row[en] if kind == "country" else value
+    return Turn(spoken(rng, capital(text), language, held, not follow), answer, (re.sub("^the ", "", key),))
+
+
+def animal(rng: random.Random, language: str, held: bool = False, kind: Optional[str] = None) -> Turn:
+    """What an animal eats, its legs, its sound, where it lives."""
+    things = BANKS["things"]
+    while True:
+        one, en_one, en_many, eats_zh, eats_en, legs, sound_zh, sound_en, home_zh, home_en = rng.choice(things["animals"])
+        asked = kind or rng.choice(["eats", "legs", "sound", "home"])
+        value = {"eats": (eats_zh, eats_en), "legs": (legs, legs), "sound": (sound_zh, sound_en),
+                 "home": (home_zh, home_en)}[asked][language == "en"]
+        if value is not None:
+            break
+    bank = things["animal_questions"][asked][language]
+    words = {"a": one if language == "zh" else en_one, "as": en_many, "As": capital(en_many)}
+    text = expand(rng, phrase(rng, bank, held), **words)
+    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
+    if asked == "legs":
+        value = {0: "没有腿", 2: "有两条腿", 4: "有四条腿", 6: "有六条腿", 8: "有八条腿"}[value] if language == "zh" else \
+            {0: "no", 2: "two", 4: "four", 6: "six", 8: "eight"}[value]
+    answer = expand(rng, bank["answer"], v=value, **words)
+    return Turn(spoken(rng, capital(text), language, held), answer, (str(value),))
+
+
+def colour(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """The colour of a thing."""
+    bank = BANKS["things"]["colours"]
+    thing, value = rng.choice(bank[language])
+    text = expand(rng, phrase(rng, bank["ask"][language], held), t=thing)
+    answer = expand(rng, bank["ask"][language]["answer"], t=thing, T=capital(thing), v=value)
+    return Turn(spoken(rng, capital(text), language, held), answer, (value,))
+
+
+def opposites(language: str) -> dict[str, str]:
+    """Word to opposite, in both directions; where a word has two, the bank's first counts."""
+    first = 0 if language == "zh" else 2
+    pairs: dict[str, str] = {}
+    for row in BANKS["things"]["opposites"]:
+        pairs.setdefault(row[first], row[first + 1])
+    for row in BANKS["things"]["opposites"]:
+        pairs.setdefault(row[first + 1], row[first])
+    return pairs
+
+
+OPPOSITES = {language: opposites(language) for language in LANGUAGES}
+
+
+def opposite(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """The opposite of a word."""
+    word, value = rng.choice(list(OPPOSITES[language].items()))
+    bank = BANKS["things"]["opposite_questions"][language]
+    text = expand(rng, phrase(rng, bank, held), x=word)
+    return Turn(spoken(rng, capital(text), language, held), expand(rng, bank["answer"], x=word, y=value), (value,))
+
+
+def general(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """The calendar and a few facts that everybody knows."""
+    fact = rng.choice(BANKS["things"]["general"])
+    text = expand(rng, rng.choice(fact[f"held_{language}" if held else language]))
+    return Turn(spoken(rng, text, language, held), fact[f"a_{language}"], tuple(fact[f"keys_{language}"]))
+
+
+def facts(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """One of the kinds of facts."""
+    kind = rng.choices([country, animal, colour, opposite, general], [10, 5, 3, 3, 4])[0]
+    return kind(rng, language, held)
+
+
+# ------------------------------------------------------------------------------------------------------- 3 sums
+
+
+MATH = BANKS["math"]
+
+
+def held_pairs() -> dict[str, set[tuple[int, int]]]:
+    """The 15 % of pairs that no training text holds: of sums, of differences, of comparisons (both orders).
+
+    Pairs that other sums need as a step, such as 7+5 or 12-5, are always trained on.
+    """
+    rng = random.Random(15)
+    sums = [(a, b) for a in range(1, 100) for b in range(1, a + 1) if a + b <= 100 and a >= 10]
+    differences = [(a, b) for a in range(10, 101) for b in range(1, a + 1) if (a > 18 or b > 9) and (a, b) != (10, 10)]
+    comparisons = [(a, b) for a in range(10, 101) for b in range(1, a)]
+    chosen = {"add": rng.sample(sums, len(sums) * 15 // 100), "compare": rng.sample(comparisons, len(comparisons) * 15 // 100)}
+    held = {kind: {pair for a, b in pairs for pair in ((a, b), (b, a))} for kind, pairs in chosen.items()}
+    return held | {"sub": set(rng.sample(differences, len(differences) * 15 // 100))}
+
+
+HELD_PAIRS = held_pairs()
+
+
+def draw_pair(rng: random.Random, kind: str, held: bool) -> tuple[int, int]:
+    """Two numbers for an exercise: a held-out pair or one of the others, one-digit pairs more often than chance."""
+    if held:
+        return rng.choice(sorted(HELD_PAIRS[kind]))
+    while True:
+        top = 9 if rng.random() < 0.12 else 100
+        a, b = rng.randint(0 if rng.random() < 0.05 else 1, top), rng.randint(0 if rng.random() < 0.05 else 1, top)
+        if kind == "add" and (a + b > 100 or 100 in (a, b)) or kind == "compare" and a == b:
+            continue
+        if kind == "sub":
+            a, b = max(a, b), min(a, b)
+            if b == 0 and a > 9:
+                continue
+        if kind == "add" and 0 in (a, b) and max(a, b) > 9:
+            continue
+        if (a, b) not in HELD_PAIRS[kind]:
+            return a, b
+
+
+def worked(kind: str, a: int, b: int, language: str) -> str:
+    """The answer to a sum or a difference, digit by digit, so that a small model can follow its own steps."""
+    sign, result = ("+", a + b) if kind == "add" else ("-", a - b)
+    if a <= 9 and b <= 9 or kind == "sub" and a <= 18 and b <= 9:
+        return f"{a}{sign}{b}={result}" + ("。" if language == "zh" else ".")
+    tens_a, ones_a, tens_b, ones_b = a // 10, a % 10, b // 10, b % 10
+    if kind == "add":
+        carry = ones_a + ones_b > 9
+        ones, tens = f"{ones_a}+{ones_b}={ones_a + ones_b}", f"{tens_a}+{tens_b}{'+1' if carry else ''}={tens_a + tens_b + carry}"
+    else:
+        borrow = ones_a < ones_b
+        upper = ones_a + 10 * borrow
+        ones, tens = f"{upper}-{ones_b}={upper - ones_b}", f"{tens_a}-{tens_b}{'-1' if borrow else ''}={tens_a - tens_b - borrow}"
+    if language == "zh":
+        return f"{a}{sign}{b}：个位{ones}，十位{tens}，等于{result}。"
+    return f"{a}{sign}{b}: ones {ones}, tens {tens}, so it is {result}."
+
+
+def arithmetic(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """An addition or a subtraction within 100."""
+    kind = rng.choice(["add", "sub"])
+    a, b = draw_pair(rng, kind, held)
+    bank = MATH[kind][language]
+    # Half of the held-out exercises differ from training in the pair alone.
+    template = phrase(rng, bank, held and rng.random() < 0.5)
+    if "{t}" in template and min(a, b) < 2:
+        template = bank["train"][0]
+    thing = rng.choice(MATH["things"][language])
+    values = {"m": thing[0], "t": thing[1]} if language == "zh" else {"t": thing}
+    text = expand(rng, template, a=a, b=b, **values)
+    return Turn(spoken(rng, text, language, held), worked(kind, a, b, language), (str(a + b if kind == "add" else a - b),),
+                "last_number")
+
+
+def comparison(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """Which of two numbers is bigger or smaller, or whether one is."""
+    kind = rng.choice(["bigger", "bigger", "smaller", "is_bigger"])
+    a, b = draw_pair(rng, "compare", held)
+    text = expand(rng, phrase(rng, MATH[kind][language], held and rng.random() < 0.5), a=a, b=b)
+    zh, sign = language == "zh", "<" if a < b else ">"
+    if max(a, b) <= 9:
+        reason = f"{a}{sign}{b}"
+    elif a // 10 != b // 10:
+        reason = f"十位{a // 10}{sign}{b // 10}" if zh else f"Tens: {a // 10}{sign}{b // 10}"
+    else:
+        reason = f"十位相同，个位{a % 10}{sign}{b % 10}" if zh else f"Same tens, ones: {a % 10}{sign}{b % 10}"
+    if kind == "is_bigger":
+        end = f"{a}比{b}{'小' if a < b else '大'}" if zh else f"{a} is {'smaller' if a < b else 'bigger'} than {b}"
+        keys, match = (end,), "any"
+    else:
+        chosen = max(a, b) if kind == "bigger" else min(a, b)
+        word = {"bigger": ("更大", "bigger"), "smaller": ("更小", "smaller")}[kind][not zh]
+        end, keys, match = f"{chosen}{word}" if zh else f"{chosen} is {word}", (str(chosen),), "last_number"
+    return Turn(spoken(rng, text, language, held), f"{reason}，所以{end}。" if zh else f"{reason}, so {end}.", keys, match)
+
+
+def counting(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """The number after or before one, or some numbers in a row."""
+    kind = rng.choice(["after", "after", "before", "count"])
+    bank = MATH[kind][language]
+    if kind == "count":
+        template = phrase(rng, bank, held)
+        a, b = rng.randint(1, 92), rng.randint(2, 7)
+        numbers = range(a + 1, a + b + 1) if "{b}" in template else range(a, a + b + 1)
+        answer = ("、" if language == "zh" else ", ").join(map(str, numbers)) + ("。" if language == "zh" else ".")
+        text = expand(rng, template, a=a, b=b, c=a + b)
+        return Turn(spoken(rng, text, language, held), answer, (str(a + b),), "last_number")
+    a = rng.randint(1, 99)
+    value = a + 1 if kind == "after" else a - 1
+    text = expand(rng, phrase(rng, bank, held), a=a)
+    return Turn(spoken(rng, text, language, held), expand(rng, bank["answer"], a=a, v=value), (str(value),), "last_number")
+
+
+DAYS = {"zh": [f"{word}{day}" for word in ("星期", "周") for day in "一二三四五六日"],
+        "en": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]}
+MONTHS = {"zh": [f"{number}月" for number in "一 二 三 四 五 六 七 八 九 十 十一 十二".split()],
+          "en": ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
+                 "November", "December"]}
+
+
+def calendar(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """The day or the month some steps after or before one."""
+    kind = rng.choice(["day", "day", "month"])
+    step = rng.choice(sorted(MATH[kind][language]))
+    bank, names = MATH[kind][language][step], (DAYS if kind == "day" else MONTHS)[language]
+    length = 7 if kind == "day" else 12
+    index = rng.randrange(len(names))
+    value = names[index // length * length + (index + int(step)) % length]
+    text = expand(rng, phrase(rng, bank, held), d=names[index])
+    return Turn(spoken(rng, text, language, held), expand(rng, bank["answer"], d=names[index], v=value), (value,))
+
+
+def too_hard(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """Sums beyond addition and subtraction within 100, which the assistant declines."""
+    bank = MATH["too_hard"][language]
+    text = expand(rng, phrase(rng, bank, False), a=rng.randint(2, 99), b=rng.randint(2, 12), x=rng.randint(101, 999),
+                  y=rng.randint(101, 999))
+    return Turn(spoken(rng, text, language), bank["answer"])
+
+
+def math(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """One of the kinds of exercises."""
+    kinds, weights = [arithmetic, comparison, counting, calendar, too_hard], [11, 4, 3, 2, 0.6]
+    return rng.choices(kinds[:4] if held else kinds, weights[:4] if held else weights)[0](rng, language, held)
+
+
+# ----------------------------------------------------------------------------------------------------- 4 memory
+
+
+NAMES = BANKS["names"]
+GIVEN = sorted(set(NAMES["given"]))
+
+
+def some_name(rng: random.Random, language: str) -> str:
+    """A name: Chinese ones are composed of characters, English ones listed or composed of syllables."""
+    if language == "en":
+        if rng.random() < 0.45:
+            return rng.choice(NAMES["english"].split())
+        name = capital("".join(rng.sample(NAMES["syllables"], rng.choice([2, 2, 3]))))
+        return f"{name} {capital(''.join(rng.sample(NAMES['syllables'], 2)))}" if rng.random() < 0.08 else name
+    form = rng.random()
+    if form < 0.72:
+        return rng.choice(NAMES["surnames"]) + "".join(rng.sample(GIVEN, 1 if rng.random() < 0.25 else 2))
+    if form < 0.8:
+        return rng.choice("小阿") + rng.choice(GIVEN)
+    if form < 0.84:
+        return rng.choice(GIVEN) * 2
+    if form < 0.9:
+        return rng.choice("小老") + rng.choice(NAMES["surnames"])
+    return some_name(rng, "en").split()[0]
+
+
+def held_names() -> dict[str, list[str]]:
+    """Names that training never holds, although it holds their characters and syllables."""
+    rng = random.Random(4)
+    zh = [rng.choice(NAMES["surnames"]) + "".join(rng.sample(GIVEN, 2)) for _ in range(70)]
+    en = NAMES["heldout_english"].split() + [capital("".join(rng.sample(NAMES["syllables"], 3))) for _ in range(30)]
+    return {"zh": list(dict.fromkeys(zh)), "en": list(dict.fromkeys(en))}
+
+
+HELD_NAMES = held_names()
+HELD_NAME_PARTS = [name[1:] for name in HELD_NAMES["zh"]] + [name.lower() for name in HELD_NAMES["en"]]
+MEMORY = BANKS["memory"]
+KINDS = ("name", "name", "name", "name", "name", "age", "live", "color", "food", "animal", "city", "sport", "fruit", "hobby", "season")
+STATEMENT = {"zh": {"age": "你{v}岁", "live": "你住在{v}", "like": "你最喜欢的{k}是{v}"},
+             "en": {"age": "you are {v} years old", "live": "you live in {v}", "like": "your favorite {k} is {v}"}}
+
+
+class Fact(NamedTuple):
+    """Something that the user tells: its bank, the words that fill the templates, and how its kind is called."""
+    bank: dict
+    words: dict
+    kind: str
+
+
+def draw_fact(rng: random.Random, language: str, kind: str, held: bool) -> Fact:
+    """A fact of a kind about the user, drawn at random."""
+    en, words = language == "en", {}
+    if kind == "name":
+        value = rng.choice(HELD_NAMES[language]) if held else some_name(rng, language)
+        while not held and any(part in value.lower() for part in HELD_NAME_PARTS):
+            value = some_name(rng, language)
+        bank = MEMORY["kinds"]["name"]
+    elif kind == "age":
+        value, bank = str(rng.randint(1, 99)), MEMORY["kinds"]["age"]
+    elif kind == "live":
+        value, bank = rng.choice(MEMORY["liked"]["city"]["values"])[en], MEMORY["live"]
+    else:
+        liked = MEMORY["liked"][kind]
+        value, bank, words = rng.choice(liked["values"])[en], MEMORY["like"], {"k": liked[language]}
+    return Fact(bank[language], {"v": value, "V": capital(value), **words}, kind)
+
+
+def tell(rng: random.Random, language: str, told: list[Fact], held: bool) -> tuple[str, str]:
+    """What the user says to tell one fact or several at once, and the assistant's word that it has taken note."""
+    texts = [expand(rng, rng.choice(fact.bank["heldout_tell" if held else "tell"]), **fact.words) for fact in told]
+    if len(told) == 1:
+        text = texts[0].lower() if language == "en" and rng.random() < 0.06 and not held and told[0].kind != "name" else texts[0]
+        return text, expand(rng, told[0].bank["said"][0], **told[0].words)
+    mark, stop = ("，", "。") if language == "zh" else (". ", ".")
+    later = [re.sub("^(记住，|你好，|嗨，|您好，|Remember that |Hello, |Hi, |hi |hello, )", "", part) for part in texts[1:]]
+    text = mark.join(capital(part).rstrip("。.！!，,") for part in [texts[0], *later]) + stop
+    noted = [expand(rng, STATEMENT[language].get(fact.kind, STATEMENT[language]["like"]), **fact.words)
+             for fact in told if fact.kind != "name"]
+    name = next((fact.words["v"] for fact in told if fact.kind == "name"), None)
+    if language == "zh":
+        return text, (f"{name}，你好！" if name else "好的，") + "我记住了，" + "，".join(noted) + "。"
+    return text, (f"Hello, {name}! " if name else "All right. ") + "I will remember that " + " and ".join(noted) + "."
+
+
+def recall(rng: random.Random, language: str, fact: Fact, held: bool, known: bool = True) -> Turn:
+    """The question for a fact, and its answer: the fact, or that it has not been told."""
+    text = expand(rng, rng.choice(fact.bank["heldout_ask" if held else "ask"]), **fact.words)
+    text = spoken(rng, text, language, held, rng.random() < 0.4)
+    answer = expand(rng, fact.bank["answer" if known else "unknown"][0], **fact.words)
+    return Turn(text, answer, (fact.words["v"],) if known else ("还没有告诉我",) if language == "zh" else ("not told me",))
+
+
+def memory(rng: random.Random, language: str, held: bool = False) -> tuple[list[Turn], Turn]:
+    """The turns before the last, and the last: things told, other talk between, one of the things asked for."""
+    kinds = list(dict.fromkeys(rng.choice(KINDS) for _ in range(rng.choice([1, 1, 2, 2, 3]))))
+    told = [draw_fact(rng, language, kind, held) for kind in kinds]
+    new_words = held and rng.random() < 0.5
+    turns: list[Turn] = []
+    if rng.random() < 0.15:
+        turns.append(talk(rng, language, name="hello"))
+    if len(told) > 1 and rng.random() < 0.4:
+        turns.append(Turn(*tell(rng, language, told, new_words)))
+    else:
+        for fact in told:
+            turns.append(Turn(*tell(rng, language, [fact], new_words)))
+            if rng.random() < 0.15:
+                turns.append(any_turn(rng, language))
+    if "name" in kinds and not held and rng.random() < 0.1:
+        told[kinds.index("name")] = fact = draw_fact(rng, language, "name", False)
+        text = expand(rng, rng.choice(MEMORY["correct"][language]), **fact.words)
+        turns.append(Turn(text, f"好的，我记住了，你叫{fact.words['v']}。" if language == "zh"
+                          else f"All right, I will remember that your name is {fact.words['v']}."))
+    turns += [any_turn(rng, language) for _ in range(rng.choice([0, 0, 1, 1, 2]))]
+    asked = rng.sample(told, len(told))
+    if rng.random() < 0.12:
+        others = [kind for kind in dict.fromkeys(KINDS) if kind not in kinds]
+        return turns, recall(rng, language, draw_fact(rng, language, rng.choice(others), held), held, known=False)
+    turns += [recall(rng, language, fact, False) for fact in asked[1:] if rng.random() < 0.5]
+    return turns, recall(rng, language, asked[0], held)
+
+
+# ------------------------------------------------------------------------------------------------------ 5 words
+
+
+WORDS = BANKS["words"]
+PAIRS = [tuple(pair.split(" ")) for pair in WORDS["pairs"].split("|")]
+SPELLED = list(dict.fromkeys([e for _, e in PAIRS] + WORDS["spell_only"].split()))
+
+
+def translation(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """A small word from Chinese to English or back."""
+    zh_word, en_word = rng.choice(PAIRS)
+    direction = rng.choice(["to_en", "to_zh"])
+    bank = WORDS["translate"][direction][language]
+    text = expand(rng, phrase(rng, bank, held), z=zh_word, e=en_word)
+    return Turn(spoken(rng, capital(text) if language == "en" else text, language, held),
+                expand(rng, bank["answer"], z=zh_word, e=en_word), (en_word if direction == "to_en" else zh_word,))
+
+
+def spelling(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """An English word letter by letter."""
+    word = rng.choice(SPELLED)
+    bank = WORDS["spell"][language]
+    text = expand(rng, phrase(rng, bank, held), e=word)
+    spelled = "-".join(word)
+    return Turn(spoken(rng, text, language, held), expand(rng, bank["answer"], e=word, s=spelled), (spelled,))
+
+
+def repeating(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """A text to be said again, to the letter."""
+    form = rng.random()
+    if held or form < 0.2:
+        text = rng.choice(WORDS["held_sentences" if held else "sentences"][language].split("|"))
+    elif form < 0.75:
+        pool = [pair[language == "en"] for pair in PAIRS] + (GIVEN if language == "zh" else SPELLED)
+        text = (rng.choice(["", "、", "，", " "]) if language == "zh" else rng.choice([" ", " ", ", "])).join(
+            rng.choices(pool, k=rng.randint(1, 5)))
+    elif form < 0.87:
+        text = draw_fact(rng, language, "name", False).words["v"]
+    else:
+        text = " ".join(str(rng.randint(0, 99)) for _ in range(rng.randint(1, 5)))
+    ask = expand(rng, phrase(rng, WORDS["repeat"][language], held and rng.random() < 0.6), t=text)
+    if "“" in ask and not ask.endswith("”"):
+        ask += "”"
+    return Turn(ask, text, (text,), "exact")
+
+
+def words(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """One of the kinds of exercises with words."""
+    return rng.choices([translation, spelling, repeating], [9, 6, 8])[0](rng, language, held)
+
+
+# ---------------------------------------------------------------------------------------------------- 6 stories
+
+
+STORIES = BANKS["stories"]
+
+
+def subject(rng: random.Random, language: str, held: bool) -> tuple[str, str, str, bool]:
+    """How the request names a subject, its first mention, its name afterwards, and whether it is alive."""
+    alive = rng.random() < 0.6
+    name = rng.choice(STORIES[f"{'held_' if held else ''}{'who' if alive else 'what'}"][language].split("|"))
+    if not alive:
+        return name, name, name, False
+    if language == "zh":
+        one, short = name.split(" ")
+        return rng.choice([short, short, one]), one, short, True
+    return name, name, re.sub("^an? ", "the ", name), True
+
+
+def stories(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """A very short story or a verse on a subject."""
+    asked, one, name, alive = subject(rng, language, held and rng.random() < 0.5)
+    words = {"one": one, "s": name, "S": capital(name)}
+    kind = rng.choice(["story", "story", "verse"])
+    pool = STORIES["verses" if kind == "verse" else "stories" if alive else "what_stories"][language]
+    answer = expand(rng, rng.choice(pool), **words)
+    if language == "en" and kind == "verse" and alive:
+        answer = expand(rng, rng.choice(pool), **(words | {"s": name}))
+    if not held and rng.random() < 0.08:
+        text = expand(rng, rng.choice(STORIES[f"ask_any_{kind}"][language]))
+    else:
+        text = expand(rng, phrase(rng, STORIES[f"ask_{kind}"][language], held), s=asked)
+    key = re.sub("^(the|a|an|my) ", "", name)
+    return Turn(spoken(rng, text, language, held), answer, (key,), "story")
+
+
+# ------------------------------------------------------------------------------------------------ 7 not knowing
+
+
+UNKNOWN = BANKS["unknown"]
+DO_NOT_KNOW = {"zh": ("不知道", "不清楚", "不了解"), "en": ("do not know", "don't know")}
+
+
+def unknown(rng: random.Random, language: str, held: bool = False) -> Turn:
+    """A question outside all that, and the plain word that the assistant does not know."""
+    groups, fixed = [group[language] for group in UNKNOWN["groups"]], UNKNOWN["fixed"][language]
+    if rng.random() < 0.2:
+        text = expand(rng, phrase(rng, fixed, held))
+    else:
+        group = rng.choices(groups, [len(group["nouns"].split("|")) + 15 for group in groups])[0]
+        # A held-out question has a new noun, a new phrasing, or both.
+        new_noun, new_words = rng.choice([(True, True), (True, False), (False, True)]) if held else (False, False)
+        text = expand(rng, phrase(rng, group, new_words), x=rng.choice(group["held" if new_noun else "nouns"].split("|")))
+    return Turn(spoken(rng, capital(text), language, held), rng.choice(UNKNOWN["answer"][language]), DO_NOT_KNOW[language])
+
+
+# -------------------------------------------------------------------------------------------------- conversations
+
+
+SINGLE: dict[str, Callable[..., Turn]] = {"talk": talk, "facts": facts, "math": math, "words": words, "stories": stories,
+                                          "unknown": unknown}
+SYSTEM = {"zh": ["你是小苗，一个友好的助手。", "你是一个有用的助手。", "请用简短的话回答。", "你是小苗，请认真回答问题。"],
+          "en": ["You are Sprout, a friendly assistant.", "You are a helpful assistant.", "Answer in few words.",
+                 "You are Sprout. Answer carefully."]}
+AGAIN = {"zh": ["再说一遍", "再说一遍。", "请再说一遍", "你再说一次", "没听清，再说一遍", "重复一下你刚才说的", "刚才说的什么？"],
+         "en": ["Say that again.", "say that again", "Please say it again.", "Can you repeat that?", "Once more, please.",
+                "What did you say?", "Repeat your answer."]}
+
+
+def any_turn(rng: random.Random, language: str) -> Turn:
+    """A turn of any skill that needs no memory, small talk and facts most."""
+    kind = rng.choices(list(SINGLE), [4, 5, 5, 3, 0.7, 3])[0]
+    return SINGLE[kind](rng, language)
+
+
+def mixed(rng: random.Random, language: str) -> list[Turn]:
+    """Two to five turns about different things, as people chat."""
+    turns = [talk(rng, language, name=rng.choice(["hello", "hello", "hello", "may_i_ask", "morning", "evening"]))] \
+        if rng.random() < 0.45 else []
+    length = rng.randint(2, 4)
+    while len(turns) < length:
+        other = ("en" if language == "zh" else "zh") if rng.random() < 0.05 else language
+        if rng.random() < 0.3:
+            kind = rng.choice(["capital", "capital", "continent", "language", "currency"])
+            turns.append(country(rng, other, kind=kind))
+            turns += [country(rng, other, kind=kind, follow=True) for _ in range(rng.choice([1, 1, 2]))]
+        else:
+            turns.append(any_turn(rng, other))
+        if rng.random() < 0.05:
+            turns.append(Turn(rng.choice(AGAIN[other]), turns[-1].answer))
+    if rng.random() < 0.3:
+        turns.append(talk(rng, language, name=rng.choice(["thanks", "thanks", "bye", "ok", "praise", "laugh", "nothing_else"])))
+    return turns
+
+
+def messages(turns: list[Turn], system: Optional[str] = None) -> list[dict]:
+    """The OpenAI form of a conversation."""
+    said = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn[:2])]
+    return ([{"role": "system", "content": system}] if system else []) + said
+
+
+def held_out(rng: random.Random) -> Iterator[tuple[dict, str]]:
+    """The held-out items, and the last user message of each."""
+    for name, skill in SKILLS.items():
+        for language in LANGUAGES:
+            seen: set[str] = set()
+            while len(seen) < HELD_OUT_EACH:
+                before, last = memory(rng, language, True) if name == "memory" else ([], SINGLE[name](rng, language, True))
+                if name != "memory" and rng.random() < 0.2:
+                    before = [any_turn(rng, language)]
+                identity = json.dumps([turn.user for turn in [*before, last]] if name == "memory" else normalised(last.user))
+                if identity in seen or sum(len(turn.user + turn.answer) for turn in before) > 350:
+                    continue
+                seen.add(identity)
+                asked = messages([*before, last])[:-1]
+                yield {"skill": skill, "language": language, "messages": asked, "keys": list(last.keys),
+                       "match": last.match}, last.user
+
+
+def training(held_texts: set[str]) -> Iterator[tuple[str, list[dict]]]:
+    """File name and conversation, one after the other; no exact duplicates, no held-out question, none too long."""
+    seen: set[str] = set()
+    for topic, sizes in SIZES.items():
+        for language, size in zip(LANGUAGES, sizes):
+            rng = random.Random(f"{topic} {language}")
+            done = tries = 0
+            while done < size and tries < size * 12:
+                tries += 1
+                if topic == "mixed":
+                    turns = mixed(rng, language)
+                elif topic == "memory":
+                    before, last = memory(rng, language)
+                    turns = [*before, last]
+                else:
+                    turns = [SINGLE[topic](rng, language)]
+                identity = "\n".join(turn.user for turn in turns)
+                if identity in seen or any(normalised(turn.user) in held_texts for turn in turns):
+                    continue
+                if sum(len(turn.user + turn.answer) * (2 if turn.user.isascii() else 5) for turn in turns) > 1800:
+                    continue
+                seen.add(identity)
+                done += 1
+                system = rng.choice(SYSTEM[language]) if topic == "mixed" and rng.random() < 0.06 else None
+                yield f"chat_{language}_{topic}.jsonl", messages(turns, system)
+
+
+def build(out: Path) -> dict[str, int]:
+    """Write all files into a folder; the number of lines of each."""
+    items = list(held_out(random.Random("heldout")))
+    files: dict[str, list[str]] = {"heldout.jsonl": [json.dumps(item, ensure_ascii=False) for item, _ in items]}
+    for name, conversation in training({normalised(user) for _, user in items}):
+        files.setdefault(name, []).append(json.dumps({"messages": conversation}, ensure_ascii=False))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, lines in files.items():
+        (out / name).write_bytes(("\n".join(lines) + "\n").encode())
+    return {name: len(lines) for name, lines in files.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the embedded corpus from the phrase banks.")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: corpus/)")
+    out = parser.parse_args().out
+    for name, count in build(out).items():
+        print(f"{name:24} {count:6,} conversations {(out / name).stat().st_size:10,} bytes")
+
+
+if __name__ == "__main__":
+    main()
