@@ -15,9 +15,10 @@ LANGUAGES = ("zh", "en")
 SKILLS = {"talk": "1 greetings", "facts": "2 facts", "math": "3 sums", "memory": "4 memory", "words": "5 words",
           "stories": "6 stories", "unknown": "7 not knowing"}
 # Conversations a file. Chinese comes first; a file stops earlier where its phrasings run out.
-SIZES = {"talk": (1150, 850), "facts": (2150, 1450), "math": (2100, 1350), "memory": (780, 540),
+SIZES = {"talk": (1150, 830), "facts": (2100, 1420), "math": (2100, 1350), "memory": (780, 540),
          "words": (1700, 1200), "stories": (440, 300), "unknown": (1200, 850), "mixed": (820, 560)}
 HELD_OUT_EACH = 72  # held-out items a skill and language
+OPTIONAL = re.compile(r"(\[[^\[\]]*\]|[\u4e00-\u9fff，“”])\?(?!$)")
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
 PUNCTUATION = re.compile(r"[\W_]+")
 
@@ -25,7 +26,7 @@ BANKS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sor
 
 
 class Turn(NamedTuple):
-    """What is asked, what is answered, and how a reply to it is judged (benchmarks/skills.py says what `match` means)."""
+    """What is asked and answered, and how a reply to it is judged (benchmarks/skills.py says what `match` means)."""
     user: str
     answer: str
     keys: tuple = ()
@@ -42,9 +43,11 @@ def normalised(text: str) -> str:
 
 def expand(rng: random.Random, template: str, **values: object) -> str:
     """One reading of a template: [a|b] is a choice, a ? behind a Chinese character or a choice makes it optional."""
-    template = re.sub(r"(\[[^\[\]]*\]|[\u4e00-\u9fff，“”])\?(?!$)", lambda m: m[1] if rng.random() < 0.5 else "", template)
+    template = OPTIONAL.sub(lambda m: m[1] if rng.random() < 0.5 else "", template)
     while CHOICE.search(template):
         template = CHOICE.sub(lambda m: rng.choice(m[1].split("|")), template)
+    # A question of the form "A or not A" takes no further question word.
+    template = re.sub(r"((.)[不没]\2.*)吗(?=[？?]?$)", r"\1", template)
     for name, value in values.items():
         template = template.replace("{" + name + "}", str(value))
     return template
@@ -55,22 +58,19 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-ORDER = re.compile("告诉|说|请|把|帮|学|念|照|跟|重复|算|计算|从|讲|写|来|给|介绍|翻译|我想|你|推荐|喂|数|解释|复述|拼|考考|如果|今天")
-OPENINGS = {"zh": ["请问", "请问，", "你好，请问", "您好，请问", "小苗，", "我想问一下，", "问一下，", "嗨，", "你好，", "那", "嗯，", "请问一下，",
-                   "小苗你好，", "我问你，", "能不能告诉我，"],
-            "en": ["Please, ", "Hi, ", "Hello, ", "Hey, ", "Sprout, ", "Hey Sprout, ", "Excuse me, ", "So, ", "Now, ", "Okay, ",
-                   "Quick question: ", "Well, ", "Hello Sprout, ", "I wonder, "]}
+CHAT = BANKS["chat"]
+ORDER = re.compile("|".join(CHAT["orders"]))
 
 
 def spoken(rng: random.Random, text: str, language: str, held: bool = False, opening: bool = True) -> str:
     """A question as people type it: with or without a polite opening, a full stop, large letters."""
     if opening and not held and rng.random() < 0.22:
         # Chinese "may I ask" goes before a question, not before an order.
-        start = rng.choice([opening for opening in OPENINGS[language] if "问" not in opening and "能不能" not in opening]
-                           if ORDER.match(text) else OPENINGS[language])
+        openings = [*CHAT["openings"][language], *([] if ORDER.match(text) else CHAT["question_openings"][language])]
+        start = rng.choice(openings)
         text = start + (text[:1].lower() + text[1:] if language == "en" and not re.match(r"I\b|I'", text) else text)
     if rng.random() < (0.15 if held else 0.25):
-        text = text.rstrip("？。?.！!") or text
+        text = text.rstrip("？。?.！! ") or text
     if language == "zh" and rng.random() < 0.08:
         text = text.replace("？", "?").replace("，", ",")
     if language == "en" and not held and rng.random() < 0.15:
@@ -137,7 +137,8 @@ def animal(rng: random.Random, language: str, held: bool = False, kind: Optional
     """What an animal eats, its legs, its sound, where it lives."""
     things = BANKS["things"]
     while True:
-        one, en_one, en_many, eats_zh, eats_en, legs, sound_zh, sound_en, home_zh, home_en = rng.choice(things["animals"])
+        row = rng.choice(things["animals"])
+        one, en_one, en_many, eats_zh, eats_en, legs, sound_zh, sound_en, home_zh, home_en = row
         asked = kind or rng.choice(["eats", "legs", "sound", "home"])
         value = {"eats": (eats_zh, eats_en), "legs": (legs, legs), "sound": (sound_zh, sound_en),
                  "home": (home_zh, home_en)}[asked][language == "en"]
@@ -148,10 +149,9 @@ def animal(rng: random.Random, language: str, held: bool = False, kind: Optional
     text = expand(rng, phrase(rng, bank, held), **words)
     text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
     if asked == "legs":
-        value = {0: "没有腿", 2: "有两条腿", 4: "有四条腿", 6: "有六条腿", 8: "有八条腿"}[value] if language == "zh" else \
-            {0: "no", 2: "two", 4: "four", 6: "six", 8: "eight"}[value]
+        value = things["legs"][language][str(value)]
     answer = expand(rng, bank["answer"], v=value, **words)
-    return Turn(spoken(rng, capital(text), language, held), answer, (str(value),))
+    return Turn(spoken(rng, capital(text), language, held), answer, (str(value).removeprefix("有"),))
 
 
 def colour(rng: random.Random, language: str, held: bool = False) -> Turn:
@@ -213,7 +213,8 @@ def held_pairs() -> dict[str, set[tuple[int, int]]]:
     sums = [(a, b) for a in range(1, 100) for b in range(1, a + 1) if a + b <= 100 and a >= 10]
     differences = [(a, b) for a in range(10, 101) for b in range(1, a + 1) if (a > 18 or b > 9) and (a, b) != (10, 10)]
     comparisons = [(a, b) for a in range(10, 101) for b in range(1, a)]
-    chosen = {"add": rng.sample(sums, len(sums) * 15 // 100), "compare": rng.sample(comparisons, len(comparisons) * 15 // 100)}
+    chosen = {"add": rng.sample(sums, len(sums) * 15 // 100),
+              "compare": rng.sample(comparisons, len(comparisons) * 15 // 100)}
     held = {kind: {pair for a, b in pairs for pair in ((a, b), (b, a))} for kind, pairs in chosen.items()}
     return held | {"sub": set(rng.sample(differences, len(differences) * 15 // 100))}
 
@@ -248,11 +249,13 @@ def worked(kind: str, a: int, b: int, language: str) -> str:
     tens_a, ones_a, tens_b, ones_b = a // 10, a % 10, b // 10, b % 10
     if kind == "add":
         carry = ones_a + ones_b > 9
-        ones, tens = f"{ones_a}+{ones_b}={ones_a + ones_b}", f"{tens_a}+{tens_b}{'+1' if carry else ''}={tens_a + tens_b + carry}"
+        ones = f"{ones_a}+{ones_b}={ones_a + ones_b}"
+        tens = f"{tens_a}+{tens_b}{'+1' if carry else ''}={tens_a + tens_b + carry}"
     else:
         borrow = ones_a < ones_b
         upper = ones_a + 10 * borrow
-        ones, tens = f"{upper}-{ones_b}={upper - ones_b}", f"{tens_a}-{tens_b}{'-1' if borrow else ''}={tens_a - tens_b - borrow}"
+        ones = f"{upper}-{ones_b}={upper - ones_b}"
+        tens = f"{tens_a}-{tens_b}{'-1' if borrow else ''}={tens_a - tens_b - borrow}"
     if language == "zh":
         return f"{a}{sign}{b}：个位{ones}，十位{tens}，等于{result}。"
     return f"{a}{sign}{b}: ones {ones}, tens {tens}, so it is {result}."
@@ -270,8 +273,8 @@ def arithmetic(rng: random.Random, language: str, held: bool = False) -> Turn:
     thing = rng.choice(MATH["things"][language])
     values = {"m": thing[0], "t": thing[1]} if language == "zh" else {"t": thing}
     text = expand(rng, template, a=a, b=b, **values)
-    return Turn(spoken(rng, text, language, held), worked(kind, a, b, language), (str(a + b if kind == "add" else a - b),),
-                "last_number")
+    result = a + b if kind == "add" else a - b
+    return Turn(spoken(rng, text, language, held), worked(kind, a, b, language), (str(result),), "last_number")
 
 
 def comparison(rng: random.Random, language: str, held: bool = False) -> Turn:
@@ -293,7 +296,8 @@ def comparison(rng: random.Random, language: str, held: bool = False) -> Turn:
         chosen = max(a, b) if kind == "bigger" else min(a, b)
         word = {"bigger": ("更大", "bigger"), "smaller": ("更小", "smaller")}[kind][not zh]
         end, keys, match = f"{chosen}{word}" if zh else f"{chosen} is {word}", (str(chosen),), "last_number"
-    return Turn(spoken(rng, text, language, held), f"{reason}，所以{end}。" if zh else f"{reason}, so {end}.", keys, match)
+    answer = f"{reason}，所以{end}。" if zh else f"{reason}, so {end}."
+    return Turn(spoken(rng, text, language, held), answer, keys, match)
 
 
 def counting(rng: random.Random, language: str, held: bool = False) -> Turn:
@@ -310,7 +314,8 @@ def counting(rng: random.Random, language: str, held: bool = False) -> Turn:
     a = rng.randint(1, 99)
     value = a + 1 if kind == "after" else a - 1
     text = expand(rng, phrase(rng, bank, held), a=a)
-    return Turn(spoken(rng, text, language, held), expand(rng, bank["answer"], a=a, v=value), (str(value),), "last_number")
+    answer = expand(rng, bank["answer"], a=a, v=value)
+    return Turn(spoken(rng, text, language, held), answer, (str(value),), "last_number")
 
 
 DAYS = {"zh": [f"{word}{day}" for word in ("星期", "周") for day in "一二三四五六日"],
@@ -383,9 +388,7 @@ def held_names() -> dict[str, list[str]]:
 HELD_NAMES = held_names()
 HELD_NAME_PARTS = [name[1:] for name in HELD_NAMES["zh"]] + [name.lower() for name in HELD_NAMES["en"]]
 MEMORY = BANKS["memory"]
-KINDS = ("name", "name", "name", "name", "name", "age", "live", "color", "food", "animal", "city", "sport", "fruit", "hobby", "season")
-STATEMENT = {"zh": {"age": "你{v}岁", "live": "你住在{v}", "like": "你最喜欢的{k}是{v}"},
-             "en": {"age": "you are {v} years old", "live": "you live in {v}", "like": "your favorite {k} is {v}"}}
+KINDS = (*["name"] * 5, "age", "live", *MEMORY["liked"])
 
 
 class Fact(NamedTuple):
@@ -417,12 +420,13 @@ def tell(rng: random.Random, language: str, told: list[Fact], held: bool) -> tup
     """What the user says to tell one fact or several at once, and the assistant's word that it has taken note."""
     texts = [expand(rng, rng.choice(fact.bank["heldout_tell" if held else "tell"]), **fact.words) for fact in told]
     if len(told) == 1:
-        text = texts[0].lower() if language == "en" and rng.random() < 0.06 and not held and told[0].kind != "name" else texts[0]
-        return text, expand(rng, told[0].bank["said"][0], **told[0].words)
+        hasty = language == "en" and not held and told[0].kind != "name" and rng.random() < 0.06
+        return texts[0].lower() if hasty else texts[0], expand(rng, told[0].bank["said"][0], **told[0].words)
     mark, stop = ("，", "。") if language == "zh" else (". ", ".")
-    later = [re.sub("^(记住，|你好，|嗨，|您好，|Remember that |Hello, |Hi, |hi |hello, )", "", part) for part in texts[1:]]
+    opening = re.compile("记住，|你好，|嗨，|您好，|Remember that |Hello, |Hi, |hi |hello, ")
+    later = [opening.sub("", part, count=1) for part in texts[1:]]
     text = mark.join(capital(part).rstrip("。.！!，,") for part in [texts[0], *later]) + stop
-    noted = [expand(rng, STATEMENT[language].get(fact.kind, STATEMENT[language]["like"]), **fact.words)
+    noted = [expand(rng, fact.bank["short"], **fact.words)
              for fact in told if fact.kind != "name"]
     name = next((fact.words["v"] for fact in told if fact.kind == "name"), None)
     if language == "zh":
@@ -435,7 +439,8 @@ def recall(rng: random.Random, language: str, fact: Fact, held: bool, known: boo
     text = expand(rng, rng.choice(fact.bank["heldout_ask" if held else "ask"]), **fact.words)
     text = spoken(rng, text, language, held, rng.random() < 0.4)
     answer = expand(rng, fact.bank["answer" if known else "unknown"][0], **fact.words)
-    return Turn(text, answer, (fact.words["v"],) if known else ("还没有告诉我",) if language == "zh" else ("not told me",))
+    key = fact.words["v"] if known else {"zh": "还没有告诉我", "en": "not told me"}[language]
+    return Turn(text, answer, (key,))
 
 
 def memory(rng: random.Random, language: str, held: bool = False) -> tuple[list[Turn], Turn]:
@@ -569,21 +574,17 @@ def unknown(rng: random.Random, language: str, held: bool = False) -> Turn:
         group = rng.choices(groups, [len(group["nouns"].split("|")) + 15 for group in groups])[0]
         # A held-out question has a new noun, a new phrasing, or both.
         new_noun, new_words = rng.choice([(True, True), (True, False), (False, True)]) if held else (False, False)
-        text = expand(rng, phrase(rng, group, new_words), x=rng.choice(group["held" if new_noun else "nouns"].split("|")))
-    return Turn(spoken(rng, capital(text), language, held), rng.choice(UNKNOWN["answer"][language]), DO_NOT_KNOW[language])
+        noun = rng.choice(group["held" if new_noun else "nouns"].split("|"))
+        text = expand(rng, phrase(rng, group, new_words), x=noun)
+    answer = rng.choice(UNKNOWN["answer"][language])
+    return Turn(spoken(rng, capital(text), language, held), answer, DO_NOT_KNOW[language])
 
 
 # -------------------------------------------------------------------------------------------------- conversations
 
 
-SINGLE: dict[str, Callable[..., Turn]] = {"talk": talk, "facts": facts, "math": math, "words": words, "stories": stories,
-                                          "unknown": unknown}
-SYSTEM = {"zh": ["你是小苗，一个友好的助手。", "你是一个有用的助手。", "请用简短的话回答。", "你是小苗，请认真回答问题。"],
-          "en": ["You are Sprout, a friendly assistant.", "You are a helpful assistant.", "Answer in few words.",
-                 "You are Sprout. Answer carefully."]}
-AGAIN = {"zh": ["再说一遍", "再说一遍。", "请再说一遍", "你再说一次", "没听清，再说一遍", "重复一下你刚才说的", "刚才说的什么？"],
-         "en": ["Say that again.", "say that again", "Please say it again.", "Can you repeat that?", "Once more, please.",
-                "What did you say?", "Repeat your answer."]}
+SINGLE: dict[str, Callable[..., Turn]] = {"talk": talk, "facts": facts, "math": math, "words": words,
+                                          "stories": stories, "unknown": unknown}
 
 
 def any_turn(rng: random.Random, language: str) -> Turn:
@@ -602,19 +603,23 @@ def mixed(rng: random.Random, language: str) -> list[Turn]:
         if rng.random() < 0.3:
             kind = rng.choice(["capital", "capital", "continent", "language", "currency"])
             turns.append(country(rng, other, kind=kind))
-            turns += [country(rng, other, kind=kind, follow=True) for _ in range(rng.choice([1, 1, 2]))]
+            for _ in range(rng.choice([1, 1, 2])):
+                turn = country(rng, other, kind=kind, follow=True)
+                turns += [turn] if turn.answer not in [earlier.answer for earlier in turns] else []
         else:
             turns.append(any_turn(rng, other))
         if rng.random() < 0.05:
-            turns.append(Turn(rng.choice(AGAIN[other]), turns[-1].answer))
+            turns.append(Turn(rng.choice(CHAT["again"][other]), turns[-1].answer))
     if rng.random() < 0.3:
-        turns.append(talk(rng, language, name=rng.choice(["thanks", "thanks", "bye", "ok", "praise", "laugh", "nothing_else"])))
+        last = rng.choice(["thanks", "thanks", "bye", "ok", "praise", "laugh", "nothing_else"])
+        turns.append(talk(rng, language, name=last))
     return turns
 
 
 def messages(turns: list[Turn], system: Optional[str] = None) -> list[dict]:
     """The OpenAI form of a conversation."""
-    said = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn[:2])]
+    said = [{"role": role, "content": text} for turn in turns
+            for role, text in (("user", turn.user), ("assistant", turn.answer))]
     return ([{"role": "system", "content": system}] if system else []) + said
 
 
@@ -624,10 +629,13 @@ def held_out(rng: random.Random) -> Iterator[tuple[dict, str]]:
         for language in LANGUAGES:
             seen: set[str] = set()
             while len(seen) < HELD_OUT_EACH:
-                before, last = memory(rng, language, True) if name == "memory" else ([], SINGLE[name](rng, language, True))
-                if name != "memory" and rng.random() < 0.2:
-                    before = [any_turn(rng, language)]
-                identity = json.dumps([turn.user for turn in [*before, last]] if name == "memory" else normalised(last.user))
+                if name == "memory":
+                    before, last = memory(rng, language, True)
+                    identity = "\n".join(turn.user for turn in [*before, last])
+                else:
+                    before = [any_turn(rng, language)] if rng.random() < 0.2 else []
+                    last = SINGLE[name](rng, language, True)
+                    identity = normalised(last.user)
                 if identity in seen or sum(len(turn.user + turn.answer) for turn in before) > 350:
                     continue
                 seen.add(identity)
@@ -640,7 +648,7 @@ def training(held_texts: set[str]) -> Iterator[tuple[str, list[dict]]]:
     """File name and conversation, one after the other; no exact duplicates, no held-out question, none too long."""
     seen: set[str] = set()
     for topic, sizes in SIZES.items():
-        for language, size in zip(LANGUAGES, sizes):
+        for language, size in zip(LANGUAGES, sizes, strict=True):
             rng = random.Random(f"{topic} {language}")
             done = tries = 0
             while done < size and tries < size * 12:
@@ -659,7 +667,7 @@ def training(held_texts: set[str]) -> Iterator[tuple[str, list[dict]]]:
                     continue
                 seen.add(identity)
                 done += 1
-                system = rng.choice(SYSTEM[language]) if topic == "mixed" and rng.random() < 0.06 else None
+                system = rng.choice(CHAT["system"][language]) if topic == "mixed" and rng.random() < 0.06 else None
                 yield f"chat_{language}_{topic}.jsonl", messages(turns, system)
 
 
