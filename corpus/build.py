@@ -110,14 +110,15 @@ def talk(rng: random.Random, language: str, held: bool = False, name: Optional[s
 
 
 COUNTRIES = BANKS["countries"]
-COLUMNS = {"capital": 2, "continent": 4, "language": 6, "currency": 8}
+COLUMNS = {"capital": 2, "about": 2, "continent": 4, "language": 6, "currency": 8}
 
 
 def country(rng: random.Random, language: str, held: bool = False, kind: Optional[str] = None,
             follow: bool = False) -> Turn:
-    """Capital, continent, language or currency of a country, or whose capital a city is."""
+    """Capital, continent, language, currency of a country, all of these at once, or whose capital a city is."""
     en = language == "en"
-    kind = kind or rng.choice(["capital", "capital", "continent", "language", "currency", "country"])
+    kind = kind or rng.choices(["capital", "continent", "language", "currency", "country", "about"],
+                               [4, 2, 2, 2, 2, 1])[0]
     row = rng.choice(COUNTRIES["rows"])
     while kind == "country" and row[1] == "Singapore":  # the city asks for the country of its own name
         row = rng.choice(COUNTRIES["rows"])
@@ -128,7 +129,9 @@ def country(rng: random.Random, language: str, held: bool = False, kind: Optiona
     value = row[3 if en else 2] if kind == "country" else row[COLUMNS[kind] + en]
     bank = {"train": COUNTRIES["follow"][language]} if follow else COUNTRIES["ask"][kind][language]
     text = expand(rng, phrase(rng, bank, held), c=called, x=value)
-    answer = expand(rng, COUNTRIES["answer"][kind][language][0], c=row[en], C=capital(row[en]), v=value, x=value)
+    columns = {name: row[column + en] for name, column in COLUMNS.items()}
+    columns.update(c=row[en], C=capital(row[en]), v=value, x=value)
+    answer = expand(rng, COUNTRIES["answer"][kind][language][0], **columns)
     key = row[en] if kind == "country" else value
     return Turn(spoken(rng, capital(text), language, held, not follow), answer, (re.sub("^the ", "", key),))
 
@@ -419,6 +422,9 @@ def draw_fact(rng: random.Random, language: str, kind: str, held: bool) -> Fact:
 def tell(rng: random.Random, language: str, told: list[Fact], held: bool) -> tuple[str, str]:
     """What the user says to tell one fact or several at once, and the assistant's word that it has taken note."""
     texts = [expand(rng, rng.choice(fact.bank["heldout_tell" if held else "tell"]), **fact.words) for fact in told]
+    if told[0].kind == "name" and len(told) == 1 and not held and rng.random() < 0.15:
+        bank, words = told[0].bank, told[0].words
+        return expand(rng, rng.choice(bank["tell_and_ask"]), **words), expand(rng, bank["said_back"], **words)
     if len(told) == 1:
         hasty = language == "en" and not held and told[0].kind != "name" and rng.random() < 0.06
         return texts[0].lower() if hasty else texts[0], expand(rng, told[0].bank["said"][0], **told[0].words)
