@@ -24,6 +24,7 @@ import shutil
 import time
 import uuid
 import zlib
+from array import array
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +55,7 @@ SEGMENT = 1 << 16  # characters; the pattern's engine overflows its stack on run
 GROUP = 1 << 18  # characters that go into one call of tiktoken; a call costs as much as some 2,000 of them
 # Places where every split pattern in use ends one piece and starts the next whatever stands around, so that cutting
 # there leaves the tokens as they are: before a blank, after a newline, before Chinese punctuation.
-SAFE_CUT = re.compile(r"(?<=\S)(?=[^\S\r\n])|(?<=\S\n)(?=[^\s/])|(?<=[一-龥])(?=[，。！？；：、])")
+SAFE_CUT = re.compile(r"(?<=\S)(?=[ \t\u3000])|(?<=\S\n)(?=[^\s/])|(?<=[一-龥])(?=[，。！？；：、])")
 TRAINING_SAMPLE = 1 << 25  # bytes of text that a tokenizer is trained on at most
 UNBROKEN_RUN = re.compile(r"\w{257,}|[^\w\s]{257,}|\s{257,}")
 
@@ -76,13 +77,22 @@ def cut_text(text: str, limit: int = SEGMENT) -> Iterator[str]:
     start = 0
     while len(text) - start > limit:
         stop = start + limit
-        for reach in (1024, limit // 4, limit - 1):  # the nearest cut is wanted, and searching costs time
-            cuts = [match.start() for match in SAFE_CUT.finditer(text, stop - reach, stop)]
+        for reach in (1024, limit):  # the nearest cut is wanted, and searching costs time
+            cuts = [match.start() for match in SAFE_CUT.finditer(text, max(start + 1, stop - reach), stop)]
             if cuts:
                 stop = cuts[-1]
                 break
         yield text[start:stop]
         start = stop
+    yield text[start:]
+
+
+def _cut_runs(text: str) -> Iterator[str]:
+    start = 0
+    for run in UNBROKEN_RUN.finditer(text):
+        for cut in range(run.start() + 256, run.end(), 256):
+            yield text[start:cut]
+            start = cut
     yield text[start:]
 
 
@@ -135,8 +145,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL_TOKENS), min_frequency=2, show_progress=False,
                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
         # Merging inside one word costs its length each time: a word of megabytes would never end.
-        parts = (UNBROKEN_RUN.sub(lambda run: "\n".join(re.findall(r"(?s).{1,256}", run[0])), part)
-                 for text in texts for part in cut_text(clean_text(text)))
+        parts = (part for text in texts for segment in cut_text(clean_text(text)) for part in _cut_runs(segment))
         trainable.train_from_iterator(parts, trainer)
         to_byte = _byte_of_character()
         ranks = {bytes(to_byte[c] for c in token): rank for token, rank in trainable.get_vocab().items()}
@@ -176,6 +185,8 @@ class Tokenizer:
         except ValueError:
             raise InputError("tokenizer: ranks must be one base64 line a token") from None
         ranks = {token: rank for rank, token in enumerate(tokens)}
+        if len(tokens) > 1 << 20:
+            raise InputError("tokenizer: more than a million tokens")
         if len(ranks) != len(tokens) or not all(tokens):
             raise InputError("tokenizer: a token is empty or stands twice in ranks")
         if not all(bytes([byte]) in ranks for byte in range(256)):
@@ -188,10 +199,17 @@ class Tokenizer:
             raise InputError("tokenizer: special_ids must follow the ranks")
         if len(values["pattern"]) > 4096:
             raise InputError("tokenizer: pattern is longer than 4096 characters")
+        probe = "Ab, c'd 12\n\n  你好！\t\r\n"
         try:
-            return cls(values["name"], values["pattern"], ranks, special_ids)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"tokenizer: tiktoken refuses it: {error}") from None
+            tokenizer = cls(values["name"], values["pattern"], ranks, special_ids)
+            sound = tokenizer.decode(tokenizer.encode(probe)) == probe
+        except BaseException as error:  # a panic inside tiktoken is no Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            sound = False
+        if not sound:
+            raise InputError("tokenizer: its pattern does not split text")
+        return tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Token ids of the text; special tokens typed in it are plain text."""
@@ -339,6 +357,8 @@ def _text(value: object, what: str) -> str:
         return ""
     if not isinstance(value, str):
         raise BadRecord(f"{what} is {_kind(value)}, not a text")
+    if UNDECODABLE in value:
+        raise BadRecord(f"{what} has bytes that are not text in the file's encoding")
     return clean_text(value.replace("\r\n", "\n"))
 
 
@@ -395,10 +415,10 @@ def _from_messages(turns: object, record: dict) -> Record:
 
 
 def _from_pair(question: str, answer: str, record: dict) -> Record:
-    messages = []
-    for turn in record.get("history") or []:
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise BadRecord("history must hold pairs of question and answer")
+    messages, history = [], record.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise BadRecord("history must hold pairs of question and answer")
+    for turn in history:
         messages += [{"role": "user", "content": _text(turn[0], "a question in history")},
                      {"role": "assistant", "content": _text(turn[1], "an answer in history")}]
     return _chat([*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}], record)
@@ -441,7 +461,10 @@ def to_record(value: object) -> Record:
         raise BadRecord(f"it is {_kind(value)}, not an object")
     for keys, read in FORMS:
         if all(key in value for key in keys):
-            return read(value)
+            try:
+                return read(value)
+            except RecursionError:
+                raise BadRecord("nested too deeply") from None
     keys = ", ".join(str(key) for key in list(value)[:5])
     raise BadRecord(f"no known form of record; its keys are: {keys:.80}" if keys else "an empty object")
 
@@ -482,13 +505,14 @@ class ByteSource(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         try:
-            data = self.inflated.read(min(len(buffer), BLOCK))
+            read = self.inflated.read1 if self.zipped else self.inflated.read  # read drops what came before damage
+            data = read(min(len(buffer), BLOCK))
         except (OSError, EOFError, zlib.error) as error:
             self.damage = "its gzip data is cut off or damaged" if self.zipped else f"reading fails ({error.strerror})"
             return 0
         packed, inflated = self.raw.tell(), self.inflated.tell()
         if self.zipped and inflated > 1 << 26 and inflated > 250 * packed:  # text shrinks some 3 to 20 times
-            raise UnusableFile(f"its gzip data grows more than 250 times, past {inflated >> 20} MB: a zip bomb?")
+            raise UnusableFile("its gzip data grows more than 250 times: a zip bomb?")
         self.report.bytes_read = self.before + packed
         buffer[:len(data)] = data
         return len(data)
@@ -564,13 +588,17 @@ def _read_json_values(stream: io.BufferedReader, encoding: str) -> Iterator[tupl
     """
     text = io.TextIOWrapper(stream, encoding, "mark-undecodable")
     decode = json.JSONDecoder().raw_decode
-    between, candidate = re.compile(r"[\s,\]]*"), re.compile(r"[,\n][ \t\r]*(?={)")
+    between, candidate = re.compile(r"[\s,\]]*"), re.compile(r"[,\n][ \t\r]*(?:(?={)|\Z)")
     buffer, line, counted, ended, lost, too_deep = text.read(BLOCK), 1, 0, False, False, 0
     at = re.compile(r"\s*\[?").match(buffer).end()
     while True:
-        if not lost:
+        if lost:
+            found = candidate.search(buffer, at)
+            more = not found or found.end() == len(buffer)
+            at = len(buffer) if not found else found.start() if more else found.end()
+        else:
             at = between.match(buffer, at).end()
-        more = at >= len(buffer)
+            more = at >= len(buffer)
         if not more:
             try:
                 value, end = decode(buffer, at)
@@ -604,8 +632,6 @@ def _read_json_values(stream: io.BufferedReader, encoding: str) -> Iterator[tupl
             lost = True
         if too_deep > 1000:  # each costs about a millisecond
             return
-        found = candidate.search(buffer, at)
-        at = found.end() if found else len(buffer)
 
 
 def _read_table(stream: io.BufferedReader, encoding: str) -> Iterator[tuple[int, object]]:
@@ -686,13 +712,13 @@ def _is_json_lines(sample: str, suffix: str) -> bool:
     try:
         return not isinstance(json.loads(first), list) or bool(rest.strip())
     except RecursionError:
-        return True
+        return first.startswith("{")
     except ValueError:
         return first.rstrip().endswith("}") or not first.startswith(("{", "["))
 
 
 def _is_table(sample: str, suffix: str) -> bool:
-    names = {name.strip() for name in re.split("[,\t]", sample.partition("\n")[0])}
+    names = {name.strip(' "\r') for name in re.split("[,\t]", sample.partition("\n")[0])}
     return (suffix in (".csv", ".tsv") or len(names) > 1) and any(names.issuperset(keys) for keys, _ in FORMS)
 
 
@@ -752,19 +778,20 @@ def find_files(paths: Union[str, Path, Sequence[Union[str, Path]]]) -> list[Path
     files: list[Path] = []
     for name in [paths] if isinstance(paths, (str, Path)) else paths:
         path = Path(name).expanduser()
-        if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if p.is_file()
-                     and not any(part.startswith(".") for part in p.relative_to(path).parts)]
-            if not found:
-                raise InputError(f"{name}: the folder holds no files")
-        elif path.is_file():
-            found = [path]
-        elif path.exists():
-            raise InputError(f"{name}: neither a file nor a folder")
-        else:
-            found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
-            if not found:
-                raise InputError(f"{name}: no such file or folder")
+        try:
+            if path.is_dir():
+                found = [p for p in sorted(path.rglob("*")) if p.is_file()
+                         and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+                missing = "the folder holds no files"
+            elif path.exists():
+                found, missing = [path] if path.is_file() else [], "neither a file nor a folder"
+            else:
+                found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+                missing = "no such file or folder"
+        except OSError as error:
+            found, missing = [], f"cannot be read ({error.strerror})"
+        if not found:
+            raise InputError(f"{name}: {missing}")
         files += found
     if not files:
         raise InputError("no training data given")
@@ -901,7 +928,7 @@ def _aside(cache_dir: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
     except OSError as error:
-        raise InputError(f"{cache_dir}: cannot write the prepared data ({error.strerror})") from None
+        raise InputError(f"{cache_dir}: cannot write the prepared data ({error.strerror or error})") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -942,9 +969,9 @@ def _tokenise(files: list[Path], total: int, tokenizer: Tokenizer, folder: Path,
     """Writes the arrays and meta.json of a cache. Reading goes on while other threads encode."""
     report = ReadReport()
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    lengths, kinds, checksums, checks = [0], [], [], [0, 0]
-    length = checksum = corpus_bytes = 0
-    workers = os.cpu_count() or 1
+    lengths, kinds, checksums = array("q", [0]), array("B"), array("I")
+    checks, length, checksum, corpus_bytes = [0, 0], 0, 0, 0
+    workers = min(os.cpu_count() or 1, 16)  # each holds some 10 MB
     with (open(folder / "tokens.bin", "wb") as tokens_file, open(folder / "supervised.bin", "wb") as supervised_file,
           ThreadPoolExecutor(workers) as pool):
         waiting: deque = deque()
@@ -958,9 +985,9 @@ def _tokenise(files: list[Path], total: int, tokenizer: Tokenizer, folder: Path,
             if group and len(waiting) <= 2 * workers:
                 continue
             ids, supervised, parts, size = waiting.popleft().result()
-            for file, array, i in ((tokens_file, ids, 0), (supervised_file, supervised, 1)):
-                file.write(array)
-                checks[i] = zlib.crc32(array, checks[i])
+            for i, (file, values) in enumerate(((tokens_file, ids), (supervised_file, supervised))):
+                file.write(values)
+                checks[i] = zlib.crc32(values, checks[i])
             corpus_bytes += size
             start = 0
             for count, kind, closes in parts:
@@ -973,11 +1000,10 @@ def _tokenise(files: list[Path], total: int, tokenizer: Tokenizer, folder: Path,
                     length = checksum = 0
             if progress:
                 progress(min(report.bytes_read, total), total, "tokenising")
-    small = {"documents.bin": np.cumsum(lengths, dtype=np.int64), "kinds.bin": np.array(kinds, dtype=np.uint8),
-             "checksums.bin": np.array(checksums, dtype=np.uint32)}
-    for name, array in small.items():
-        array.tofile(folder / name)
-    checks += [zlib.crc32(array) for array in small.values()]
+    small = {"documents.bin": np.cumsum(lengths, dtype=np.int64), "kinds.bin": kinds, "checksums.bin": checksums}
+    for name, values in small.items():
+        (folder / name).write_bytes(values.tobytes())
+        checks.append(zlib.crc32(values))
     meta = {"version": CACHE_VERSION, "dtype": dtype.name, "bytes": corpus_bytes, "report": asdict(report),
             "crc32": dict(zip(ARRAYS, checks, strict=True))}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
@@ -1105,7 +1131,7 @@ class Packed:
                  context_length: int, seed: int = 0):
         if context_length < 2:
             raise InputError(f"context_length must be at least 2, not {context_length}")
-        self.prepared, self.context_length, self.seed = prepared, context_length, seed
+        self.prepared, self.context_length, self.seed = prepared, context_length, seed % 2**32
         self._tokens, self._supervised = np.asarray(prepared.tokens), np.asarray(prepared.supervised)
         slots = stops - starts - 1
         long = slots > context_length
@@ -1198,10 +1224,12 @@ class Packed:
         gaps = context - np.bincount(row_of, sizes).astype(np.int64)
         if gaps.sum() <= PADDING * gaps.size * context:
             return pieces, members, row_of
-        ascending = np.sort(gaps)
-        tolerated = ascending[np.searchsorted(np.cumsum(ascending), PADDING * gaps.size * context)]
         order = rng.permutation(len(gaps))
-        wanted = np.where(gaps > max(tolerated, context // 32), gaps, 0)[order]
+        ascending = order[np.argsort(gaps[order], kind="stable")]
+        small = ascending[:np.searchsorted(np.cumsum(gaps[ascending]), PADDING * gaps.size * context)]
+        wanted = np.where(gaps > context // 32, gaps, 0)
+        wanted[small] = 0
+        wanted = wanted[order]
         donors = int(np.searchsorted(np.cumsum(context - gaps[order]) + np.cumsum(wanted), wanted.sum()))
         is_donor = np.zeros(len(gaps), dtype=bool)
         is_donor[order[:donors]] = True
