@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from data import StreamDecoder, Tokenizer, _byte_of_character, render_chat
-from model import GPT, Checkpoint, GPTConfig, InputError, sample
+from model import GPT, Checkpoint, Decoder, GPTConfig, InputError, sample
 
 PENALTY_WINDOW = 64  # newest tokens of a reply that the repetition penalty looks at
-SMALL_MODEL = 2**26  # bytes
+SMALL_MODEL = 2**27  # bytes
 LARGEST_TEXT_FILE = 2**28  # bytes of config.json or tokenizer.json; the largest vocabulary in use needs some 2**25
 
 
@@ -123,12 +123,11 @@ def gpt_runtime(kind: str, model: GPT, tokenizer: Tokenizer, device: str, is_cha
     model = model.to(device)
     if device == "cpu":
         model = model.float()
-    cache = model.new_cache()
+    decoder = Decoder(model, model.new_cache())
 
-    @torch.inference_mode()
     def feed(kept: int, new: List[int]) -> Tensor:
-        cache.truncate(kept)
-        return model(torch.tensor([new], device=device), None, cache)[0][0, -1]
+        decoder.cache.truncate(kept)
+        return decoder.feed(new)
 
     return Runtime(kind, tokenizer, model.context_length, feed, is_chat)
 
