@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 # What each script may import of the others. No circle, and no script knows another but through model and data.
 MAY_IMPORT = {"model": set(), "data": {"model"}, "optim": {"model"}, "train": {"model", "data", "optim"},
-              "chat": {"model", "data"}, "export": {"model", "data"}}
+              "chat": {"model", "data"}, "formats": {"model", "data"}, "export": {"model", "data", "formats"}}
 HEAVY = {"transformers", "onnx", "onnxruntime", "onnxscript", "tokenizers", "matplotlib", "pandas", "huggingface_hub",
          "safetensors", "tensorboard"}
 
