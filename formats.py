@@ -1,0 +1,512 @@
+"""The formats that export.py writes: weight map, tokenizer map, and a row of FORMATS each with writer and probe.
+
+Writers read a Source, write below one target path, and never change the model. Only the maps here know the names that
+other programs use.
+"""
+
+import json
+import logging
+import re
+import shutil
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from data import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, _byte_of_character
+from model import GPT, Checkpoint, GPTConfig, InputError, build_model
+
+ONNX_OPSET = 20  # the newest that runtimes of 2024 read, and the oldest with all that is needed
+ONNX_FILE_LIMIT = 2**31 - 2**26  # bytes of weights; protobuf ends at 2 GiB, and the graph and tokenizer need some
+
+
+@dataclass
+class Source:
+    """What the writers read: the checkpoint as it was trained, its model in float32, its tokenizer."""
+
+    checkpoint: Checkpoint
+    model: GPT
+    tokenizer: Tokenizer
+    seq_len: int
+
+    @property
+    def config(self) -> GPTConfig:
+        return self.checkpoint.config
+
+    @property
+    def config_text(self) -> str:
+        return json.dumps({"model_type": "gpt", **self.config.to_dict()}, indent=2) + "\n"
+
+    @property
+    def tokenizer_text(self) -> str:
+        return json.dumps(tokenizer_json(self.tokenizer), ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what a full disk or a read-only place makes the libraries raise into an InputError."""
+    from safetensors import SafetensorError
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch: RuntimeError, safetensors: its own
+        raise InputError(f"cannot write {path.name}: {str(error).splitlines()[0]:.200}") from error
+
+
+# -------------------------------------------------------------------------------------------------- weight map
+
+
+def weight_map(config: GPTConfig) -> Dict[str, Dict[str, int]]:
+    """Our name of each tensor -> transformers' names of the tensors stacked in it, top to bottom, with their rows."""
+    width, heads, kv = config.d_model, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    names = {"token_embedding.weight": {"model.embed_tokens.weight": config.vocab_size}}
+    for layer in range(config.n_layer):
+        ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
+        names |= {
+            ours + "attention_norm.weight": {theirs + "input_layernorm.weight": width},
+            ours + "attention.qkv.weight": {theirs + "self_attn.q_proj.weight": heads,
+                                            theirs + "self_attn.k_proj.weight": kv,
+                                            theirs + "self_attn.v_proj.weight": kv},
+            ours + "attention.out.weight": {theirs + "self_attn.o_proj.weight": width},
+            ours + "ffn_norm.weight": {theirs + "post_attention_layernorm.weight": width},
+            ours + "ffn.gate_up.weight": {theirs + "mlp.gate_proj.weight": config.d_ff,
+                                          theirs + "mlp.up_proj.weight": config.d_ff},
+            ours + "ffn.down.weight": {theirs + "mlp.down_proj.weight": width},
+        }
+        if config.qk_norm:
+            names |= {ours + "attention.q_norm.weight": {theirs + "self_attn.q_norm.weight": config.head_dim},
+                      ours + "attention.k_norm.weight": {theirs + "self_attn.k_norm.weight": config.head_dim}}
+    names["final_norm.weight"] = {"model.norm.weight": width}
+    if not config.tie_embeddings:
+        names["lm_head.weight"] = {"lm_head.weight": config.vocab_size}
+    return names
+
+
+def _check_names(expected, given) -> None:
+    for name in sorted(set(expected) ^ set(given)):
+        raise InputError(f"weight map: {'unknown' if name in given else 'missing'} weight {name:.80}")
+
+
+def to_transformers(weights: Dict[str, Tensor], config: GPTConfig) -> Dict[str, Tensor]:
+    """Our weights under transformers' names, cut where ours are stacked. A missing or unknown name: InputError."""
+    names = weight_map(config)
+    _check_names(names, weights)
+    return {theirs: part.clone() for ours, parts in names.items()
+            for theirs, part in zip(parts, weights[ours].split(list(parts.values())), strict=True)}
+
+
+def from_transformers(weights: Dict[str, Tensor], config: GPTConfig) -> Dict[str, Tensor]:
+    """The inverse of to_transformers."""
+    names = weight_map(config)
+    _check_names([theirs for parts in names.values() for theirs in parts], weights)
+    return {ours: torch.cat([weights[theirs] for theirs in parts]) for ours, parts in names.items()}
+
+
+# Our fields -> those of transformers' Qwen3Config and LlamaConfig; rope_theta and qk_norm are expressed elsewhere.
+CONFIG_MAP = {
+    "vocab_size": "vocab_size", "context_length": "max_position_embeddings", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "d_model": "hidden_size",
+    "d_ff": "intermediate_size", "head_dim": "head_dim", "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+QK_NORM_OF = {"qwen3": True, "llama": False}  # model_type -> whether its attention norms queries and keys
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+
+
+def to_transformers_config(config: GPTConfig, dtype: torch.dtype, end_ids: List[int], pad_id: int) -> dict:
+    """config.json of the stock class. rope_theta and dtype stand in the spellings of transformers 4 and of 5."""
+    model_type = next(name for name, qk_norm in QK_NORM_OF.items() if qk_norm == config.qk_norm)
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {
+        "architectures": [ARCHITECTURES[model_type]], "model_type": model_type,
+        **{theirs: getattr(config, ours) for ours, theirs in CONFIG_MAP.items()},
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02,
+        "use_cache": True, "dtype": dtype_name, "torch_dtype": dtype_name,
+        "bos_token_id": None, "eos_token_id": end_ids, "pad_token_id": pad_id,
+    }
+
+
+def from_transformers_config(values: dict, source: str) -> GPTConfig:
+    """Our config for a transformers config.json, or InputError if our layers are not its."""
+    model_type = values.get("model_type")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    foreign = {"hidden_act": values.get("hidden_act", "silu") != "silu",
+               "rope_type": rope.get("rope_type", "default") != "default",
+               "attention_bias": bool(values.get("attention_bias")), "mlp_bias": bool(values.get("mlp_bias")),
+               "sliding_window": bool(values.get("use_sliding_window"))}
+    if model_type not in QK_NORM_OF or any(foreign.values()):
+        what = next((name for name, is_foreign in foreign.items() if is_foreign), f"model_type {model_type!r:.40}")
+        raise InputError(f"{source}: {what} is not what this project's layers compute")
+    values = {"head_dim": values.get("hidden_size", 0) // max(1, values.get("num_attention_heads", 1)), **values}
+    missing = [theirs for theirs in CONFIG_MAP.values() if theirs not in values]
+    if missing:
+        raise InputError(f"{source}: config.json lacks {missing[0]}")
+    return GPTConfig.from_dict({
+        **{ours: values[theirs] for ours, theirs in CONFIG_MAP.items()}, "qk_norm": QK_NORM_OF[model_type],
+        "rope_theta": float(rope.get("rope_theta", values.get("rope_theta", 10000.0)))})
+
+
+def load_transformers(folder) -> GPT:
+    """A GPT, in eval mode, with the weights of a Qwen3 or Llama folder of transformers (config.json, *.safetensors)."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        values = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        weights: Dict[str, Tensor] = {}
+        for path in sorted(Path(folder).glob("*.safetensors")):
+            weights |= load_file(path)
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise InputError(f"{folder}: not a transformers folder ({str(error).splitlines()[0]:.200})") from error
+    config = from_transformers_config(values, str(folder))
+    if config.tie_embeddings:
+        weights.pop("lm_head.weight", None)
+    return build_model(config, from_transformers(weights, config), str(folder))
+
+
+# ----------------------------------------------------------------------------------------------- tokenizer map
+
+
+def recover_merges(ranks: Dict[bytes, int]) -> List[Tuple[bytes, bytes]]:
+    """The merges that made a vocabulary, in order: each token's bytes are merged by the ranks below its own.
+
+    tiktoken keeps only the ranks of results. What is left before the last step is the pair that makes the token.
+    """
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(left + right, rank) for left, right in zip(parts, parts[1:], strict=False)]
+            best = min(pairs)
+            if best >= rank:
+                raise InputError(f"tokenizer: no merges of earlier tokens make the token {token!r:.60}")
+            at = pairs.index(best)
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def portable_pattern(pattern: str) -> str:
+    r"""The split pattern without possessive quantifiers and `$`, which Oniguruma and JavaScript read differently.
+
+    Oniguruma takes `{1,3}+` for a repeated group and `$` for the end of any line. In tiktoken's patterns nothing that
+    follows a possessive quantifier could match what it holds, so that a plain one finds the same.
+    """
+    return re.sub(r"([?*+]|\{\d[\d,]*\})\+", r"\1", pattern).replace("$", r"(?![\s\S])")
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict:
+    """The tokenizer in the form of the tokenizers library (tokenizer.json), giving the same ids.
+
+    Special tokens stand in the vocabulary too: that is what pins their ids where a named encoding has gaps.
+    """
+    character = {byte: character for character, byte in _byte_of_character().items()}
+
+    def spell(token: bytes) -> str:
+        return "".join(character[byte] for byte in token)
+
+    special = sorted(tokenizer.special_ids.items(), key=lambda item: item[1])
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": True} for token, i in special],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": portable_pattern(tokenizer.pattern)}, "behavior": "Isolated",
+             "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "vocab": {spell(token): rank for token, rank in tokenizer.ranks.items()} | dict(special),
+                  "merges": [f"{spell(left)} {spell(right)}" for left, right in recover_merges(tokenizer.ranks)]},
+    }
+
+
+# -------------------------------------------------------------------------------------------------- model card
+
+
+def model_card(source: Source, library: str, snippet: str, notes: str) -> str:
+    """README.md of an exported folder: what it is, how it was trained, the snippet that loads it."""
+    config, training = source.config, source.checkpoint.training
+    facts = training.get("summary") if isinstance(training, dict) else None
+    sizes = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in config.to_dict().items())
+    trained = "\n".join(f"- {name.replace('_', ' ')}: {str(value):.300}" for name, value in facts.items()
+                        if isinstance(value, (str, int, float))) if isinstance(facts, dict) else ""
+    return f"""---
+library_name: {library}
+pipeline_tag: text-generation
+---
+# A GPT of {config.parameter_count() / 1e6:.1f} million parameters
+
+A decoder-only Transformer with the architecture of {"Qwen3" if config.qk_norm else "Llama"}: RMSNorm, rotary positions,
+grouped-query attention, SwiGLU, no biases. It saw at most {config.context_length} tokens at a time.
+
+```python
+{snippet.strip()}
+```
+
+{notes.strip()}
+
+## Training
+
+{trained or "The checkpoint holds no facts of its training."}
+
+## Sizes
+
+| | |
+|---|---|
+{sizes}
+"""
+
+
+# ------------------------------------------------------------------------------------------------- huggingface
+
+HUGGINGFACE_SNIPPET = """
+from model import GPT
+model = GPT.from_pretrained("exported_models/huggingface")
+"""
+
+HUGGINGFACE_NOTES = """
+`model.py` is the project's own file. From the Hugging Face Hub, with the same `model.py`:
+
+```python
+from huggingface_hub import PyTorchModelHubMixin
+class HubGPT(PyTorchModelHubMixin, GPT):
+    pass
+model = HubGPT.from_pretrained("user/name")
+```
+
+`tokenizer.json` is read by `tokenizers.Tokenizer.from_file`.
+"""
+
+# The one probe that needs this project's own code: the contract is that model.py loads the folder.
+HUGGINGFACE_PROBE = """
+config_text = open("exported_models/huggingface/config.json", encoding="utf-8").read()
+tokenizer_text = open("exported_models/huggingface/tokenizer.json", encoding="utf-8").read()
+model = model.float()
+
+def compute_logits(ids):
+    with torch.inference_mode():
+        return model(torch.from_numpy(ids))[0].numpy()
+
+def decode_greedily(prompt, count):
+    return list(model.generate(prompt, count))
+"""
+
+
+def write_huggingface(source: Source, folder: Path) -> None:
+    with writing(folder):
+        source.checkpoint.build_model().save_pretrained(folder)
+        folder.joinpath("tokenizer.json").write_text(source.tokenizer_text, encoding="utf-8")
+        card = model_card(source, "pytorch", HUGGINGFACE_SNIPPET, HUGGINGFACE_NOTES)
+        folder.joinpath("README.md").write_text(card, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------ transformers
+
+TRANSFORMERS_SNIPPET = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("exported_models/transformers")
+tokenizer = AutoTokenizer.from_pretrained("exported_models/transformers")
+inputs = tokenizer("你好，请问", return_tensors="pt")
+outputs = model.generate(**inputs, max_length=50)
+print(tokenizer.decode(outputs[0]))
+"""
+
+TRANSFORMERS_NOTES = """
+The classes are those of transformers itself; nothing needs `trust_remote_code`. To chat:
+
+```python
+messages = [{"role": "user", "content": "你好"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+outputs = model.generate(**inputs, max_new_tokens=100)
+print(tokenizer.decode(outputs[0][inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+A special token typed by a user, such as `<|im_end|>`, becomes a control token by default. Encode text that you do not
+trust with `tokenizer(text, split_special_tokens=True)`: there it stays text.
+"""
+
+TRANSFORMERS_PROBE = """
+config_text = None
+tokenizer_text = open("exported_models/transformers/tokenizer.json", encoding="utf-8").read()
+assert type(model).__module__.startswith("transformers."), "not a stock class of transformers"
+model = model.float()
+
+def compute_logits(ids):
+    with torch.inference_mode():
+        return model(torch.from_numpy(ids)).logits.numpy()
+
+def decode_greedily(prompt, count):
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([prompt])
+    ids = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    return ids[0, len(prompt):].tolist()
+
+for text, ids in expected["texts"]:
+    texts_equal += tokenizer(text, split_special_tokens=True)["input_ids"] == ids
+    texts += 1
+    if "<|" not in text:
+        texts_equal += tokenizer(text)["input_ids"] == ids
+        texts += 1
+for messages, prompted, ids in expected["chats"]:
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=prompted, tokenize=True, return_dict=True)
+    texts_equal += rendered["input_ids"] == ids
+    texts += 1
+"""
+
+
+def write_transformers(source: Source, folder: Path) -> None:
+    from safetensors.torch import save_file
+    tokenizer, weights = source.tokenizer, source.checkpoint.weights
+    end_ids, pad_id = [tokenizer.im_end_id, tokenizer.end_of_text_id], tokenizer.end_of_text_id
+    end_of_text, im_start, im_end = SPECIAL_TOKENS
+    config = to_transformers_config(source.config, weights["token_embedding.weight"].dtype, end_ids, pad_id)
+    special = {"bos_token": None, "eos_token": im_end, "pad_token": end_of_text, "unk_token": None}
+    documents = {
+        "config.json": config,
+        "generation_config.json": {"bos_token_id": None, "eos_token_id": end_ids, "pad_token_id": pad_id,
+                                   "max_length": source.config.context_length},
+        "special_tokens_map.json": {name: token for name, token in special.items() if token},
+        "tokenizer_config.json": {
+            # transformers would rebuild the tokenizer of its own Qwen2 class from any other name.
+            "tokenizer_class": "PreTrainedTokenizerFast", **special, "additional_special_tokens": [im_start],
+            "model_max_length": source.config.context_length, "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False, "padding_side": "left", "chat_template": CHAT_TEMPLATE},
+    }
+    with writing(folder):
+        folder.mkdir()
+        for name, content in documents.items():
+            folder.joinpath(name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        folder.joinpath("tokenizer.json").write_text(source.tokenizer_text, encoding="utf-8")
+        folder.joinpath("chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        save_file(to_transformers(weights, source.config), folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read
+        card = model_card(source, "transformers", TRANSFORMERS_SNIPPET, TRANSFORMERS_NOTES)
+        folder.joinpath("README.md").write_text(card, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------- torchscript
+
+TORCHSCRIPT_SNIPPET = """
+import torch
+model = torch.jit.load("exported_models/model.pt")
+inputs = torch.randint(0, 100, (1, 10), dtype=torch.long)
+outputs = model(inputs, None)
+"""
+
+TORCHSCRIPT_PROBE = """
+extra = {"config.json": "", "tokenizer.json": ""}
+torch.jit.load("exported_models/model.pt", _extra_files=extra)
+config_text, tokenizer_text = (extra[name].decode() for name in ("config.json", "tokenizer.json"))
+
+def compute_logits(ids):
+    with torch.inference_mode():
+        return model(torch.from_numpy(ids), None)[0].numpy()
+"""
+
+
+def write_torchscript(source: Source, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\..*deprecated")  # upstream, with no successor in C++
+        scripted = torch.jit.script(source.model)
+        with writing(path):
+            extra = {"config.json": source.config_text, "tokenizer.json": source.tokenizer_text}
+            torch.jit.save(scripted, str(path), _extra_files=extra)
+
+
+# -------------------------------------------------------------------------------------------------------- onnx
+
+ONNX_SNIPPET = """
+import onnxruntime as ort
+import numpy as np
+session = ort.InferenceSession("exported_models/model.onnx")
+inputs = np.random.randint(0, 100, (1, 10)).astype(np.int64)
+outputs = session.run(None, {"input_ids": inputs})
+"""
+
+ONNX_PROBE = """
+import onnx
+onnx.checker.check_model("exported_models/model.onnx", full_check=True)
+extra = session.get_modelmeta().custom_metadata_map
+config_text, tokenizer_text = extra["config.json"], extra["tokenizer.json"]
+
+def compute_logits(ids):
+    return session.run(["logits"], {"input_ids": ids})[0]
+"""
+
+
+class LogitsOnly(nn.Module):
+    """The model with one input and one output, which is what an ONNX graph has."""
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids)[0]
+
+
+def write_onnx(source: Source, path: Path) -> None:
+    context = source.config.context_length
+    # A dimension of 1 in the example would be frozen into the graph, and so would one that fills the context.
+    example = torch.zeros(2, min(max(source.seq_len, 2), context - 1), dtype=torch.long)
+    shape = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("seq", min=1, max=context)}
+    with quiet_libraries():
+        program = torch.onnx.export(
+            LogitsOnly(source.model).eval(), (example,), dynamo=True, opset_version=ONNX_OPSET, external_data=False,
+            input_names=["input_ids"], output_names=["logits"], dynamic_shapes={"input_ids": shape}, verbose=False)
+        program.model.metadata_props["config.json"] = source.config_text
+        program.model.metadata_props["tokenizer.json"] = source.tokenizer_text
+        size = sum(parameter.nbytes for parameter in source.model.parameters())
+        with writing(path):
+            program.save(str(path), external_data=size > ONNX_FILE_LIMIT)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Holds back the warnings and log lines of libraries that speak about themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+# ----------------------------------------------------------------------------------------------------- formats
+
+
+@dataclass(frozen=True)
+class Format:
+    """One row of FORMATS. The probe runs after the snippet, which is the README's too; PROBE in export.py says more."""
+
+    name: str
+    target: str  # below output_dir; a folder or a file (beside which may stand a file `target`.data)
+    packages: Tuple[str, ...]
+    write: Callable[[Source, Path], None]
+    snippet: str
+    probe: str
+    is_folder: bool = False
+    uses_project: bool = False  # whether the snippet imports this project's own model.py
+
+
+FORMATS = {format.name: format for format in (
+    Format("huggingface", "huggingface", ("safetensors", "tokenizers"),
+           write_huggingface, HUGGINGFACE_SNIPPET, HUGGINGFACE_PROBE, is_folder=True, uses_project=True),
+    Format("transformers", "transformers", ("transformers", "safetensors", "tokenizers"),
+           write_transformers, TRANSFORMERS_SNIPPET, TRANSFORMERS_PROBE, is_folder=True),
+    Format("torchscript", "model.pt", ("tokenizers",),
+           write_torchscript, TORCHSCRIPT_SNIPPET, TORCHSCRIPT_PROBE),
+    Format("onnx", "model.onnx", ("onnx", "onnxscript", "onnxruntime", "tokenizers"),
+           write_onnx, ONNX_SNIPPET, ONNX_PROBE),
+)}
