@@ -594,11 +594,10 @@ def _read_json_values(stream: io.BufferedReader, encoding: str) -> Iterator[tupl
     while True:
         if lost:
             found = candidate.search(buffer, at)
-            more = not found or found.end() == len(buffer)
-            at = len(buffer) if not found else found.start() if more else found.end()
+            keep, at = found.span() if found else (len(buffer), len(buffer))  # what marks a candidate stays with it
         else:
-            at = between.match(buffer, at).end()
-            more = at >= len(buffer)
+            keep = at = between.match(buffer, at).end()
+        more = at == len(buffer)
         if not more:
             try:
                 value, end = decode(buffer, at)
@@ -610,12 +609,14 @@ def _read_json_values(stream: io.BufferedReader, encoding: str) -> Iterator[tupl
                 cut = position >= len(buffer) - 64 or getattr(error, "msg", "").startswith("Unterminated")
                 more = cut and not ended and len(buffer) - at < RECORD_LIMIT
                 reason = "cut off" if cut and ended else f"broken JSON ({getattr(error, 'msg', error)})"
+                if cut and not more and not ended:
+                    reason = f"longer than {RECORD_LIMIT >> 20} MB"
         if more:
             if ended:
                 return
-            line += buffer.count("\n", counted, at)
-            following = text.read(max(BLOCK, len(buffer) - at))
-            buffer, at, counted, ended = buffer[at:] + following, 0, 0, not following
+            line += buffer.count("\n", counted, keep)
+            following = text.read(max(BLOCK, len(buffer) - keep))
+            buffer, at, counted, ended = buffer[keep:] + following, 0, 0, not following
             continue
         line, counted = line + buffer.count("\n", counted, at), at
         if not reason:
@@ -631,6 +632,7 @@ def _read_json_values(stream: io.BufferedReader, encoding: str) -> Iterator[tupl
             yield line, BadRecord(reason)
             lost = True
         if too_deep > 1000:  # each costs about a millisecond
+            yield line, BadRecord("nested too deeply again and again; the rest of the file is left out")
             return
 
 
