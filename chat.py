@@ -21,11 +21,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Callable, Iterator, List, Optional, Tuple
 
-import torch
-from torch import Tensor
+# Read when NumPy is loaded. Two threads win a third on an idle machine and lose tenfold where another program runs.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from data import StreamDecoder, Tokenizer, _byte_of_character, render_chat
-from model import GPT, Checkpoint, Decoder, GPTConfig, InputError, sample
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from data import StreamDecoder, Tokenizer, _byte_of_character, render_chat  # noqa: E402
+from model import GPT, Checkpoint, Decoder, GPTConfig, InputError, sample  # noqa: E402
 
 PENALTY_WINDOW = 64  # newest tokens of a reply that the repetition penalty looks at
 SMALL_MODEL = 2**27  # bytes

@@ -9,19 +9,22 @@ torch's own one-row F.linear, and a plain read of memory, would stream the weigh
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as chat.py does, before NumPy is loaded
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import export  # noqa: E402 - found through the line above
-from data import Tokenizer  # noqa: E402
+from data import SPECIAL_TOKENS, Tokenizer  # noqa: E402
 from model import GPT, Checkpoint, GPTConfig  # noqa: E402
 from train import ARCHITECTURE, PRESETS  # noqa: E402
 
@@ -32,8 +35,8 @@ PROMPT = [i % 200 for i in range(16)]
 def random_checkpoint(preset: str, path: Path) -> None:
     """A model of the preset's shape with random weights: they decode as fast as trained ones."""
     ranks = {bytes([byte]): byte for byte in range(256)}
-    ranks |= {bytes([65 + i // 60 % 60, 65 + i % 60, 48 + i // 3600]): 256 + i for i in range(VOCABULARY[preset] - 259)}
-    specials = {token: VOCABULARY[preset] - 3 + i for i, token in enumerate(export.SPECIAL_TOKENS)}
+    ranks |= {bytes(divmod(i, 256)): 256 + i for i in range(VOCABULARY[preset] - 259)}
+    specials = {token: VOCABULARY[preset] - 3 + i for i, token in enumerate(SPECIAL_TOKENS)}
     tokenizer = Tokenizer("random", r"[\s\S]", ranks, specials)
     sizes = {name: value for name, value in PRESETS[preset].items() if name in ARCHITECTURE}
     config = GPTConfig(vocab_size=VOCABULARY[preset], head_dim=sizes["d_model"] // sizes["n_head"], **sizes)
