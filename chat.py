@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import re
 import select
 import sys
 import time
@@ -30,6 +31,7 @@ from torch import Tensor  # noqa: E402
 from data import StreamDecoder, Tokenizer, _byte_of_character, render_chat  # noqa: E402
 from model import GPT, Checkpoint, Decoder, GPTConfig, InputError, sample  # noqa: E402
 
+STOPPED = "stopped"  # by Ctrl-C
 PENALTY_WINDOW = 64  # newest tokens of a reply that the repetition penalty looks at
 SMALL_MODEL = 2**27  # bytes
 LARGEST_TEXT_FILE = 2**28  # bytes of config.json or tokenizer.json; the largest vocabulary in use needs some 2**25
@@ -232,6 +234,9 @@ def open_torchscript(path: Path, device: str) -> Runtime:
         # Only code and the riding texts are compressed: far more than the file itself is a bomb.
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size + LARGEST_TEXT_FILE:
             raise InputError(f"{path}: refused, it would unpack to far more than its own size")
+        code = b"".join(archive.read(entry) for entry in archive.namelist() if entry.endswith(".py"))
+        if re.search(rb"\b(save|from_file)\b", code):  # all of TorchScript that touches files
+            raise InputError(f"{path}: refused, its code reaches for files")
         texts = {}
         for name in ("config.json", "tokenizer.json"):
             entry = next((entry for entry in archive.namelist() if entry.endswith(f"/extra/{name}")), None)
@@ -469,10 +474,11 @@ class Session:
                     why = f"stopped: the context of {context} tokens is full"
                 else:
                     logits = self.runtime.step(token)
-            pieces.append(decoder.flush())
-            write(pieces[-1])
+            if not why:
+                pieces.append(decoder.flush())
+                write(pieces[-1])
         except KeyboardInterrupt:
-            why = "stopped"
+            why = STOPPED
         rate = max(0, len(reply) - 1) / max(1e-9, time.perf_counter() - first)
         self.last_reply = f"{len(reply)} tokens, the first after {first - started:.2f} s, then {rate:.0f} a second"
         self.keep(text, "".join(pieces))
@@ -558,7 +564,8 @@ class Console:
         return "\n".join(lines)
 
 
-def reply(session: Session, text: str) -> None:
+def reply(session: Session, text: str) -> str:
+    """Shows the reply to `text`, and why it ended early, which is returned."""
     written = ""
 
     def write(piece: str) -> None:
@@ -575,6 +582,7 @@ def reply(session: Session, text: str) -> None:
         say(f"({why})")
     if session.left_out and not left_out:
         say(f"(the context of {session.runtime.context_length} tokens is full: the oldest turns now fall out of it)")
+    return why
 
 
 # ---------------------------------------------------------------------------------------------------- commands
@@ -611,37 +619,41 @@ def save(session: Session, argument: str) -> None:
     line = json.dumps(session.record(), ensure_ascii=False) + "\n"
     if not argument:
         raise InputError("/save needs the name of a file")
-    path = Path(argument).expanduser()
     try:
-        if path.exists() and path.stat().st_size:
-            with open(path, encoding="utf-8") as file:
-                first = file.readline(LARGEST_TEXT_FILE)
-            if not {"messages", "text"} & read_config(first, argument).keys():
+        with open(Path(argument).expanduser(), "a+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            if size and not {"messages", "text"} & read_config(file.readline().decode(), argument).keys():
                 raise InputError
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line)
+            file.seek(max(0, size - 1))
+            try:
+                file.write(b"\n" * (file.read() not in (b"", b"\n")) + line.encode("utf-8", "replace"))
+                file.flush()
+            except OSError:
+                file.truncate(size)
+                raise
     except OSError as error:
-        raise InputError(f"cannot write {argument}: {error.strerror}") from error
-    except (InputError, UnicodeDecodeError):
+        raise InputError(f"cannot write {argument}: {error.strerror or error}") from error
+    except (InputError, UnicodeDecodeError, RuntimeError):
         raise InputError(f"{argument} is there already and holds something else; choose another name") from None
     say(f"(saved to {argument})")
 
 
 def set_value(session: Session, argument: str) -> None:
     name, _, value = argument.partition(" ")
-    if name:
+    if value or name not in ("", *SETTINGS):
         session.settings.assign(name, value.strip())
         if name == "seed":
             session.reseed()
-    for shown in [name] if name else SETTINGS:
+    for shown in [name] if name in SETTINGS else SETTINGS:
         say(f"({shown} = {getattr(session.settings, shown)})")
 
 
 def show_statistics(session: Session, argument: str) -> None:
     runtime = session.runtime
-    say(f"model: {runtime.kind}, vocabulary {runtime.tokenizer.vocab_size}, context {runtime.context_length}")
-    say(f"conversation: {len(session.turns)} turns, {session.left_out} of them out of the context, "
-        f"{len(runtime.held)} tokens in the model's memory, {len(session.system_ids)} of the system prompt")
+    say(f"model: {runtime.kind}, vocabulary of {runtime.tokenizer.vocab_size} tokens")
+    say(f"conversation: {len(session.turns)} turns, the oldest {session.left_out} forgotten; {len(runtime.held)} of "
+        f"{runtime.context_length} tokens in use")
     say(f"last reply: {session.last_reply}")
 
 
@@ -655,7 +667,7 @@ COMMANDS = {
     "/system": ("TEXT", "tell the model who it is; without TEXT, nothing", set_system),
     "/retry": ("", "drop the last reply and draw another", retry),
     "/save": ("FILE", "add the conversation to a .jsonl that train.py can read", save),
-    "/set": ("NAME VALUE", "change a setting; without NAME, show them all", set_value),
+    "/set": ("NAME VALUE", "change a setting; /set alone shows them all", set_value),
     "/stats": ("", "speed, and how full the context is", show_statistics),
     "/quit": ("", "end", quit_chat),
 }
@@ -711,6 +723,8 @@ def run(options: argparse.Namespace) -> None:
             settings.assign(name, text)
     if options.greedy:
         settings.temperature = 0.0
+        if options.repetition_penalty is None:
+            settings.repetition_penalty = 1.0
     runtime = open_model(Path(options.model_path).expanduser(), choose_device(options.device))
     if not (runtime.is_chat or options.raw):
         say("this model was trained on plain text alone: it continues what it is given")
@@ -720,7 +734,8 @@ def run(options: argparse.Namespace) -> None:
     text = sys.stdin.read().removesuffix("\n") if options.prompt == "-" else options.prompt
     if not text.strip() and not session.raw:
         raise InputError("the prompt is empty")
-    reply(session, text)
+    if reply(session, text) == STOPPED:
+        raise KeyboardInterrupt
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
@@ -733,7 +748,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     for name, known in SETTINGS.items():
         shown = "" if known.default is None else f" (default: {known.default})"
         parser.add_argument(f"--{name}", metavar="N", help=known.metadata["help"] + shown)
-    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token: temperature 0")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token: temperature 0, no penalty")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     options = parser.parse_args(arguments)

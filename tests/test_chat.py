@@ -9,6 +9,7 @@ import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Optional
 
 import pexpect
 import pytest
@@ -174,9 +175,11 @@ def test_a_saved_conversation_is_read_back_by_data_py(trained, tmp_path):
         ask(session, text)
     file = tmp_path / "chats.jsonl"
     chat.save(session, str(file))
+    file.write_bytes(file.read_bytes().rstrip())  # as an editor may leave it
+    chat.save(session, str(file))
     chat.save(session, str(file))
     records = list(read_records([str(file)], ReadReport()))
-    assert [record.messages for record in records] == [session.record()["messages"]] * 2
+    assert [record.messages for record in records] == [session.record()["messages"]] * 3
     assert records[0].messages[0] == {"role": "system", "content": "你叫小智"}
     assert len(records[0].messages) == 5
 
@@ -211,6 +214,19 @@ def hostile_onnx(artifacts, tmp_path) -> Path:
     path = tmp_path / "hostile.onnx"
     path.write_bytes(model.SerializeToString())
     return path
+
+
+class WritesFiles(torch.nn.Module):
+    def forward(self, input_ids: torch.Tensor, targets: Optional[torch.Tensor]):
+        torch.save(input_ids, "owned")
+        return input_ids, targets
+
+
+def hostile_torchscript(artifacts, tmp_path) -> Path:
+    extra = {"config.json": "", "tokenizer.json": ""}
+    torch.jit.load(str(artifacts["torchscript"]), _extra_files=extra)
+    torch.jit.save(torch.jit.script(WritesFiles()), str(tmp_path / "hostile.pt"), _extra_files=extra)
+    return tmp_path / "hostile.pt"
 
 
 def zip_bomb(artifacts, tmp_path) -> Path:
@@ -251,6 +267,7 @@ BAD_ARTIFACTS = {
     "safetensors file": lambda a, t: a["huggingface"] / "model.safetensors",
     "point outside its folder": hostile_onnx,
     "unpack to far more": zip_bomb,
+    "its code reaches for files": hostile_torchscript,
     "no tokenizer.json here": lambda a, t: folder_with(t, a, "huggingface", tokenizer=None),
     "its tokenizer is not one": lambda a, t: folder_with(t, a, "huggingface", tokenizer=b'{"model": {"vocab": []}}'),
     "not of a model that": lambda a, t: folder_with(t, a, "transformers", config=b'{"model_type": "bert"}'),
@@ -430,7 +447,7 @@ def terminal():
     def start(*arguments, cwd=None) -> pexpect.spawn:
         environment = {**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8"}
         child = pexpect.spawn(sys.executable, [str(ROOT / "chat.py"), *map(str, arguments)], encoding="utf-8",
-                              timeout=20, cwd=cwd and str(cwd), env=environment, dimensions=(40, 120))
+                              timeout=60, cwd=cwd and str(cwd), env=environment, dimensions=(40, 120))
         children.append(child)
         child.expect_exact("Ctrl-D ends.")
         prompt(child)
