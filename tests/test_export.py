@@ -1,0 +1,624 @@
+"""export.py: parity of every format with the checkpoint, the contract's snippets, damage it must find, refusals."""
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import export
+import formats
+from data import SPECIAL_TOKENS, Tokenizer, render_chat
+from export import Staging, fuzz_texts, main, open_source
+from formats import FORMATS, from_transformers, load_transformers, to_transformers, tokenizer_json
+from model import GPT, Checkpoint, GPTConfig, InputError, unwrapped
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = dict(context_length=64, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8)
+TEXTS = [
+    "学而时习之，不亦说乎？窗外下着小雨，屋里有一盏灯，孩子在灯下读书，妈妈在旁边缝衣服。",
+    "你好，请问去火车站怎么走？一直往前走，过两个路口再往左拐，大约十分钟就到了。谢谢！不客气。",
+    "The lamp was lit, and the child was reading aloud while the rain fell on the roof of the house.",
+    "Could you tell me the way to the station? Go straight on, then turn left; it's ten minutes' walk.",
+    "for i in range(10):\n    print(i, i ** 2)\r\n\r\n\t# 3.14159, 2,718\n",
+]
+# As the contract has them, to the letter.
+SNIPPETS = {
+    "transformers": '''
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("exported_models/transformers")
+tokenizer = AutoTokenizer.from_pretrained("exported_models/transformers")
+inputs = tokenizer("你好，请问", return_tensors="pt")
+outputs = model.generate(**inputs, max_length=50)
+print(tokenizer.decode(outputs[0]))
+''',
+    "torchscript": '''
+import torch
+model = torch.jit.load("exported_models/model.pt")
+inputs = torch.randint(0, 100, (1, 10), dtype=torch.long)
+outputs = model(inputs, None)
+''',
+    "onnx": '''
+import onnxruntime as ort
+import numpy as np
+session = ort.InferenceSession("exported_models/model.onnx")
+inputs = np.random.randint(0, 100, (1, 10)).astype(np.int64)
+outputs = session.run(None, {"input_ids": inputs})
+''',
+    "huggingface": '''
+from model import GPT
+model = GPT.from_pretrained("exported_models/huggingface")
+''',
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(TEXTS * 5, 420)
+
+
+def random_model(vocab_size: int, seed: int = 0, **changes) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{"vocab_size": vocab_size, **SIZES, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.dim() == 1))
+    return model
+
+
+def save(path: Path, tokenizer: Tokenizer, training=None, dtype=torch.float32, **changes) -> Path:
+    model = random_model(tokenizer.vocab_size, **changes).to(dtype)
+    Checkpoint(model.config, model.state_dict(), tokenizer.to_dict(), training).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer, tmp_path_factory) -> Path:
+    summary = {"data": "two lamps and a station", "tokens": 12345, "validation_loss": 2.5}
+    return save(tmp_path_factory.mktemp("trained") / "best_model.pt", tokenizer, {"summary": summary})
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory) -> Path:
+    """A folder with nothing but exported_models/, written by the program itself."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    run = subprocess.run([sys.executable, str(ROOT / "export.py"), "--model_path", str(checkpoint)], cwd=folder,
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    folder.joinpath("table.txt").write_text(run.stdout)
+    folder.joinpath("said.txt").write_text(run.stderr)
+    return folder
+
+
+def contents(folder: Path) -> dict:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------------- parity
+
+
+def test_every_format_is_proven_and_reported(exported):
+    report = json.loads((exported / "exported_models/export_report.json").read_text())
+    assert report["passed"] is True
+    assert [row["format"] for row in report["formats"]] == list(FORMATS)
+    for row in report["formats"]:
+        assert row["largest_logit_difference"] <= row["tolerance"] < 1e-3
+        assert row["texts_equal"] == row["texts"] >= 400
+        assert row["greedy_count"] > 40
+        assert row["problems"] == []
+        assert row["format"] in (exported / "table.txt").read_text()
+
+
+def test_the_program_says_one_line_a_step_and_nothing_of_the_libraries(exported):
+    lines = (exported / "said.txt").read_text().splitlines()
+    assert sorted(lines) == sorted(f"{name}: {step}" for name in FORMATS for step in ("writing", "proven"))
+
+
+def test_only_the_promised_files_are_left(exported):
+    assert {path.name for path in (exported / "exported_models").iterdir()} == {
+        "huggingface", "transformers", "model.pt", "model.onnx", "export_report.json"}
+
+
+@pytest.mark.parametrize("name", sorted(SNIPPETS))
+def test_the_snippet_runs_as_it_stands_in_a_fresh_process(exported, tmp_path, name):
+    shutil.copytree(exported / "exported_models", tmp_path / "exported_models")
+    where = [str(ROOT)] if name == "huggingface" else []
+    run = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path += {where}\n{SNIPPETS[name]}"],
+                         cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert run.returncode == 0, run.stderr
+    assert SNIPPETS[name].strip() == FORMATS[name].snippet.strip()
+    if name == "transformers":
+        assert run.stdout.startswith("你好，请问")
+
+
+def test_a_cpp_program_gives_the_same_logits(exported, checkpoint, tmp_path):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if not compiler or sys.platform != "linux":
+        pytest.skip("needs g++ or clang++ on Linux; runs wherever one is installed")
+    torch_dir, program = Path(torch.__file__).parent, tmp_path / "logits"
+    include = [f"-I{torch_dir / 'include'}", f"-I{torch_dir / 'include/torch/csrc/api/include'}"]
+    libraries = [f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_dir / 'lib'}"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    subprocess.run([compiler, "-std=c++20", "-O0", "-w", abi, *include, str(ROOT / "tests/libtorch/logits.cpp"),
+                    *libraries, "-o", str(program)], check=True)
+    source = open_source(str(checkpoint), None)
+    for ids in ([5], [5, 260, 17], list(range(64))):
+        run = subprocess.run([program, str(exported / "exported_models/model.pt"), *map(str, ids)],
+                             capture_output=True, text=True, check=True)
+        sizes, *logits = run.stdout.splitlines()
+        assert sizes == f"{len(source.config_text.encode())} {len(source.tokenizer_text.encode())}"
+        expected = source.model(torch.tensor([ids]))[0][0, -1]
+        torch.testing.assert_close(torch.tensor([float(line) for line in logits]), expected, atol=2e-5, rtol=0)
+    too_long = subprocess.run([program, str(exported / "exported_models/model.pt"), *["1"] * 65],
+                              capture_output=True, text=True)
+    assert too_long.returncode == 1
+    assert "context_length" in too_long.stderr
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_the_stock_class_on_mapped_weights_gives_our_logits(qk_norm, tied, kv_heads):
+    from transformers import AutoConfig, AutoModelForCausalLM
+    model = random_model(97, qk_norm=qk_norm, tie_embeddings=tied, n_kv_head=kv_heads, rope_theta=500.0)
+    values = formats.to_transformers_config(model.config, torch.float32, [1], 0)
+    stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).eval()
+    missing, unknown = stock.load_state_dict(to_transformers(plain(model), model.config), strict=False)
+    assert (missing, unknown) == (["lm_head.weight"] if tied else [], [])
+    ids = torch.randint(0, 97, (3, 21))
+    assert type(stock).__name__ == ("Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM")
+    torch.testing.assert_close(stock(ids).logits, model(ids)[0], atol=1e-4, rtol=0)
+
+
+def plain(model: GPT) -> dict:
+    return unwrapped(model.state_dict(), model.config)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "Llama"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_of_transformers_loads_as_our_model(kind, tied, tmp_path):
+    import transformers
+    torch.manual_seed(1)
+    config = getattr(transformers, kind + "Config")(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 700.0})
+    stock = getattr(transformers, kind + "ForCausalLM")(config).eval()
+    stock.save_pretrained(tmp_path)
+    model = load_transformers(tmp_path)
+    assert (model.config.qk_norm, model.config.rope_theta) == (kind == "Qwen3", 700.0)
+    ids = torch.randint(0, 97, (2, 33))
+    torch.testing.assert_close(model(ids)[0], stock(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_cached_generation_in_transformers_equals_ours(exported, checkpoint):
+    from transformers import AutoModelForCausalLM
+    model = Checkpoint.load(checkpoint).build_model()
+    stock = AutoModelForCausalLM.from_pretrained(exported / "exported_models/transformers")
+    stock.generation_config.eos_token_id = None
+    prompt = [7, 260, 31]
+    theirs = stock.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 3), max_new_tokens=40, do_sample=False)
+    assert theirs[0, 3:].tolist() == list(model.generate(prompt, 40))
+
+
+# ------------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(qk_norm=False, tie_embeddings=False, n_kv_head=4)])
+def test_the_weight_map_goes_both_ways(changes):
+    model = random_model(97, **changes)
+    theirs = to_transformers(plain(model), model.config)
+    back = from_transformers(theirs, model.config)
+    assert back.keys() == plain(model).keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in plain(model).items())
+    for name in (next(iter(theirs)), "model.layers.0.self_attn.q_proj.bias"):
+        wrong = {**theirs, name: torch.zeros(1)} if name not in theirs else {
+            key: tensor for key, tensor in theirs.items() if key != name}
+        with pytest.raises(InputError, match=f"weight map: (missing|unknown) weight {name}"):
+            from_transformers(wrong, model.config)
+
+
+def test_the_hub_mixin_loads_the_folder_and_what_it_saves_loads_as_ours(exported, tmp_path):
+    from huggingface_hub import PyTorchModelHubMixin
+
+    class HubGPT(PyTorchModelHubMixin, GPT):
+        pass
+
+    ours = GPT.from_pretrained(exported / "exported_models/huggingface")
+    theirs = HubGPT.from_pretrained(exported / "exported_models/huggingface")
+    theirs.save_pretrained(tmp_path)
+    ids = torch.randint(0, 97, (2, 9))
+    for model in (theirs, HubGPT.from_pretrained(tmp_path), GPT.from_pretrained(tmp_path)):
+        assert torch.equal(model(ids)[0], ours(ids)[0])
+
+
+def test_weights_keep_the_dtype_they_were_trained_in(tokenizer, tmp_path):
+    from safetensors import safe_open
+    path = save(tmp_path / "half.pt", tokenizer, dtype=torch.bfloat16)
+    assert main(["--model_path", str(path), "--output_dir", str(tmp_path / "out"), "--format", "transformers"]) == 0
+    with safe_open(tmp_path / "out/transformers/model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out/transformers/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_beyond_one_file_onnx_puts_its_weights_beside_it_and_a_later_export_clears_them(checkpoint, tmp_path,
+                                                                                        monkeypatch):
+    arguments = ["--model_path", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--format", "onnx"]
+    monkeypatch.setattr(formats, "ONNX_FILE_LIMIT", 1000)
+    assert main(arguments) == 0
+    assert (tmp_path / "out/model.onnx.data").stat().st_size > 50_000
+    monkeypatch.undo()
+    monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], write=lambda source, path: path.write_bytes(b"new"),
+                                                 snippet="", probe="import sys; print('{}'); sys.exit(1)"))
+    assert main(arguments) == 1
+    assert (tmp_path / "out/model.onnx.data").exists()
+    with Staging(tmp_path / "out") as staging:
+        (staging.made / "model.onnx").write_bytes(b"new")
+        staging.put_in_place(["model.onnx"])
+    assert (tmp_path / "out/model.onnx").read_bytes() == b"new"
+    assert not (tmp_path / "out/model.onnx.data").exists()
+
+
+# -------------------------------------------------------------------------------------------------- tokenizer
+
+
+@pytest.fixture(scope="module")
+def auto_tokenizer(exported):
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(exported / "exported_models/transformers")
+
+
+PIECES = st.one_of(st.sampled_from([*fuzz_texts(80), *SPECIAL_TOKENS]), st.text(max_size=8),
+                   st.text("你好春天龍，。？ \t\r\n\u3000\u0301\u200d\ufe0f\x00\x1b'sdtreALL09", max_size=12))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(PIECES, max_size=8).map("".join))
+def test_auto_tokenizer_gives_our_ids_on_any_text(auto_tokenizer, tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert auto_tokenizer(text, split_special_tokens=True)["input_ids"] == ids
+    assert auto_tokenizer.decode(ids, clean_up_tokenization_spaces=False) == tokenizer.decode(ids)
+    if not any(token in text for token in SPECIAL_TOKENS):
+        assert auto_tokenizer(text)["input_ids"] == ids
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant", "tool"]),
+                                       "content": PIECES.filter(lambda text: "<|" not in text)}),
+                min_size=1, max_size=5), st.booleans())
+def test_the_chat_template_gives_the_tokens_that_training_saw(auto_tokenizer, tokenizer, messages, prompted):
+    ids = auto_tokenizer.apply_chat_template(messages, add_generation_prompt=prompted, return_dict=True)["input_ids"]
+    assert ids == render_chat(tokenizer, messages, prompted)[0]
+
+
+def test_the_chat_template_stands_in_both_places_and_generation_stops_at_the_end_of_a_turn(exported, tokenizer):
+    folder = exported / "exported_models/transformers"
+    values = {name: json.loads((folder / f"{name}.json").read_text())
+              for name in ("config", "generation_config", "tokenizer_config")}
+    assert values["tokenizer_config"]["chat_template"] == (folder / "chat_template.jinja").read_text()
+    assert values["tokenizer_config"]["model_max_length"] == 64
+    assert values["generation_config"]["eos_token_id"] == [tokenizer.im_end_id, tokenizer.end_of_text_id]
+    assert values["config"]["vocab_size"] > max(values["generation_config"]["eos_token_id"])
+    assert "auto_map" not in values["config"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
+def test_a_named_encoding_converts_exactly(name):
+    import tokenizers
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("the vocabulary is not here; runs where TIKTOKEN_CACHE_DIR names a folder that holds it")
+    ours = Tokenizer.named(name)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(ours)))
+    theirs.encode_special_tokens = True
+    for text in [*fuzz_texts(2000), "a  \n \n  ", "\n\n   ", "1234567", "   x", "I'LL don't", "<|im_end|>"]:
+        assert theirs.encode(text).ids == ours.encode(text), text
+    assert [theirs.token_to_id(token) for token in SPECIAL_TOKENS] == [ours.special_ids[t] for t in SPECIAL_TOKENS]
+
+
+def test_the_model_cards_say_how_it_was_trained_and_how_to_load_it(exported):
+    for name in ("huggingface", "transformers"):
+        card = (exported / "exported_models" / name / "README.md").read_text()
+        assert "two lamps and a station" in card
+        assert "validation loss: 2.5" in card
+        assert SNIPPETS[name].strip() in card
+    assert "split_special_tokens=True" in card
+
+
+# ----------------------------------------------------------------------------------------- damage must be found
+
+
+def swap_two_heads(source):
+    weights = dict(source.checkpoint.weights)
+    qkv = weights["blocks.1.attention.qkv.weight"].clone()
+    qkv[:16] = qkv[:16].view(2, 8, -1).flip(0).reshape(16, -1)
+    weights["blocks.1.attention.qkv.weight"] = qkv
+    return rebuilt(source, weights=weights)
+
+
+def flip_one_weight(source):
+    weights = dict(source.checkpoint.weights)
+    down = weights["blocks.0.ffn.down.weight"].clone()
+    down[3, 5] *= -1
+    weights["blocks.0.ffn.down.weight"] = down
+    return rebuilt(source, weights=weights)
+
+
+def change_theta(source):
+    return rebuilt(source, config=replace(source.config, rope_theta=source.config.rope_theta * 1.1))
+
+
+def change_one_merge(source):
+    ours = source.tokenizer
+    swapped = sorted(ours.ranks.items(), key=lambda item: item[1])
+    (first, rank), (second, other) = swapped[300], swapped[310]
+    ranks = {**ours.ranks, first: other, second: rank}
+    return replace(source, tokenizer=Tokenizer("damaged", ours.pattern, dict(sorted(ranks.items(), key=lambda x: x[1])),
+                                               ours.special_ids))
+
+
+def rebuilt(source, **changes):
+    checkpoint = replace(source.checkpoint, **changes)
+    return replace(source, checkpoint=checkpoint, model=checkpoint.build_model().requires_grad_(False))
+
+
+@pytest.mark.parametrize(("name", "damage", "word"), [
+    ("huggingface", swap_two_heads, "logits differ"),
+    ("huggingface", flip_one_weight, "logits differ"),
+    ("huggingface", change_one_merge, "texts get other token ids"),
+    ("torchscript", change_theta, "logits differ"),
+    ("transformers", change_theta, "logits differ"),
+    ("transformers", change_one_merge, "texts get other token ids"),
+    ("onnx", flip_one_weight, "logits differ"),
+])
+def test_a_damaged_artifact_fails_and_the_previous_one_stays(exported, checkpoint, tmp_path, monkeypatch, capsys, name,
+                                                             damage, word):
+    out = tmp_path / "out"
+    shutil.copytree(exported / "exported_models", out)
+    before = contents(out)
+    intact = FORMATS[name]
+    monkeypatch.setitem(FORMATS, name, replace(intact, write=lambda source, path: intact.write(damage(source), path)))
+    assert main(["--model_path", str(checkpoint), "--output_dir", str(out), "--format", name]) == 1
+    said = capsys.readouterr()
+    assert f"export.py: {name}: " in said.err
+    assert word in said.err
+    assert "FAILED" in said.out
+    after = contents(out)
+    report = json.loads(after.pop("export_report.json"))
+    assert report["passed"] is False
+    before.pop("export_report.json")
+    assert after == before
+
+
+def test_an_artifact_that_does_not_open_fails_with_the_reason(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(FORMATS, "torchscript",
+                        replace(FORMATS["torchscript"], write=lambda source, path: path.write_bytes(b"not a model")))
+    out = tmp_path / "out"
+    assert main(["--model_path", str(checkpoint), "--output_dir", str(out), "--format", "torchscript"]) == 1
+    assert "torchscript: the snippet or the comparison does not run: " in capsys.readouterr().err
+    assert list(contents(out)) == ["export_report.json"]
+
+
+@pytest.mark.parametrize(("margin", "passes"), [(1e-6, True), (0.5, False)])
+def test_a_greedy_mismatch_counts_unless_the_two_best_logits_are_tied(tmp_path, margin, passes):
+    found = dict(difference=0.0, greedy=[1, 2, 9], texts=1, texts_equal=1, problems=[], seconds=0.1)
+    (tmp_path / "onnx.out").write_text(json.dumps(found))
+    (tmp_path / "onnx.err").write_text("")
+    ended = subprocess.Popen([sys.executable, "-I", "-c", ""])
+    row = export.judge(FORMATS["onnx"], ended, tmp_path, export.Expectation(1e-5, [1, 2, 3], [1.0, 1.0, margin]))
+    assert row["greedy_equal"] == 2
+    assert row["problems"] == ([] if passes else ["greedy decoding parts at token 3"])
+
+
+# ------------------------------------------------------------------------------------------------ all or nothing
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_a_kill_between_two_renames_leaves_all_old_or_all_new(tmp_path, monkeypatch, at):
+    class Killed(BaseException):
+        pass
+
+    out, calls, rename = tmp_path / "out", [], os.replace
+    (out / "a").mkdir(parents=True)
+    (out / "a/x").write_text("old")
+    (out / "b").write_text("old")
+
+    def dies_at_a_rename(*paths):
+        calls.append(paths)
+        if len(calls) >= at:
+            raise Killed
+        rename(*paths)
+
+    staging = Staging(out).__enter__()
+    (staging.made / "a").mkdir()
+    (staging.made / "a/x").write_text("new")
+    (staging.made / "b").write_text("new")
+    (staging.made / "b.data").write_text("new")
+    monkeypatch.setattr(os, "replace", dies_at_a_rename)
+    monkeypatch.setattr(Staging, "undo", lambda self: None)  # a dead process undoes nothing
+    if at <= 6:
+        with pytest.raises(Killed):
+            staging.put_in_place(["a", "b"])
+    else:
+        staging.put_in_place(["a", "b"])
+    staging.lock.close()
+    monkeypatch.undo()
+    with Staging(out):
+        pass
+    new = {"a/x": b"new", "b": b"new", "b.data": b"new"}
+    assert contents(out) == (new if at == 7 else {"a/x": b"old", "b": b"old"})
+    assert not (out / ".exporting").exists()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_export_changes_nothing_and_leaves_no_litter(checkpoint, tmp_path, sent):
+    if sys.platform == "win32":
+        pytest.skip("sends POSIX signals; runs on Linux and macOS")
+    out = tmp_path / "new/out"
+    run = subprocess.Popen([sys.executable, str(ROOT / "export.py"), "--model_path", str(checkpoint), "--output_dir",
+                            str(out)], stderr=subprocess.PIPE, text=True)
+    for line in run.stderr:
+        if line == "transformers: writing\n":
+            break
+    run.send_signal(sent)
+    run.stderr.read()
+    assert run.wait() == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+    if sent == signal.SIGINT:
+        assert not (tmp_path / "new").exists()
+    else:
+        assert [path.name for path in out.iterdir()] == [".exporting"]
+        deadline = time.monotonic() + 60  # until the probe it left behind has ended
+        while time.monotonic() < deadline:
+            try:
+                with Staging(out):
+                    break
+            except InputError:
+                time.sleep(0.1)
+        assert not out.exists() or contents(out) == {}
+
+
+def test_two_exports_into_one_folder_are_kept_apart(checkpoint, tmp_path, capsys):
+    with Staging(tmp_path):
+        assert main(["--model_path", str(checkpoint), "--output_dir", str(tmp_path), "--format", "huggingface"]) == 2
+    assert capsys.readouterr().err == f"export.py: {tmp_path}: another export is writing there\n"
+
+
+# ----------------------------------------------------------------------------------------------------- refusals
+
+
+def refused(capsys, *arguments) -> str:
+    assert main(list(map(str, arguments))) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err
+
+
+def test_refusals_are_one_line_with_exit_code_2(checkpoint, tokenizer, tmp_path, capsys):
+    model = ["--model_path", checkpoint, "--output_dir", tmp_path / "out"]
+    for length in (0, 65):
+        assert refused(capsys, *model, "--seq_len", length) == (
+            f"export.py: --seq_len must be from 1 to the model's context of 64, not {length}\n")
+    assert refused(capsys, "--model_path", tmp_path / "none.pt") == (
+        f"export.py: {tmp_path / 'none.pt'}: no such file; `python train.py` makes checkpoints/best_model.pt\n")
+    (tmp_path / "file").write_text("")
+    assert refused(capsys, *model[:2], "--output_dir", tmp_path / "file").startswith(
+        f"export.py: cannot write to {tmp_path / 'file'}: ")
+    assert refused(capsys, *model, "--format", "onnx", "--push_to_hub", "me/it") == (
+        "export.py: --push_to_hub uploads a folder, and --format onnx writes a file\n")
+    short = save(tmp_path / "short.pt", tokenizer, context_length=8)
+    assert refused(capsys, "--model_path", short) == (
+        f"export.py: {short}: a context of 8 is too short, an export needs 16 tokens\n")
+    small = random_model(tokenizer.vocab_size - 1)
+    Checkpoint(small.config, small.state_dict(), tokenizer.to_dict()).save(tmp_path / "small.pt")
+    assert refused(capsys, "--model_path", tmp_path / "small.pt") == (
+        f"export.py: {tmp_path / 'small.pt'}: its tokenizer has 420 ids, its model 419\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named_with_its_pip_install(checkpoint, tmp_path, capsys, monkeypatch):
+    there = export.importlib.util.find_spec
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if "onnx" in name else there(name))
+    line = "onnx needs onnx, onnxscript, onnxruntime: pip install onnx onnxscript onnxruntime\n"
+    assert refused(capsys, "--model_path", checkpoint, "--format", "onnx") == "export.py: " + line
+    for name in ("transformers", "torchscript"):
+        monkeypatch.delitem(FORMATS, name)
+    assert main(["--model_path", str(checkpoint), "--output_dir", str(tmp_path)]) == 0
+    assert "left out: " + line in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"huggingface", "export_report.json"}
+
+
+def test_a_full_disk_is_one_line_and_the_previous_export_stays(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "model.pt").write_text("previous")
+    arguments = ["--model_path", checkpoint, "--output_dir", tmp_path, "--format"]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    assert refused(capsys, *arguments, "torchscript") == (
+        f"export.py: {tmp_path}: 1 MB are free, the export needs 67 MB\n")
+    monkeypatch.undo()
+    resource = pytest.importorskip("resource", reason="limits the size of files the POSIX way; runs on Linux and macOS")
+    for name in FORMATS:
+        if name == "onnx":
+            continue  # takes long to reach its one write, which stands under the same guard
+        code = (f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import export; "
+                "export.write_expectation = lambda *_: None; "
+                "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+                f"sys.exit(export.main({list(map(str, [*arguments, name]))!r}))")
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert run.returncode == 2, run.stderr
+        last = run.stderr.splitlines()[-1]
+        assert last.startswith(f"export.py: cannot write {FORMATS[name].target}: "), run.stderr
+        assert contents(tmp_path) == {"model.pt": b"previous"}
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)
+
+
+@pytest.mark.parametrize("header", [struct.pack("<Q", 2**62) + b"{}", struct.pack("<Q", 60) + json.dumps(
+    {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode().ljust(60), b"\x08"])
+@pytest.mark.parametrize("load", [GPT.from_pretrained, load_transformers])
+def test_safetensors_with_a_lying_header_are_refused_in_one_line(exported, tmp_path, header, load):
+    kind = "huggingface" if load == GPT.from_pretrained else "transformers"
+    folder = Path(shutil.copytree(exported / "exported_models" / kind, tmp_path / kind))
+    (folder / "model.safetensors").write_bytes(header)
+    with pytest.raises(InputError) as refusal:
+        load(folder)
+    assert str(folder) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    ({"model_type": "gpt2"}, "model_type 'gpt2'"), ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
+    ({"attention_bias": True}, "attention_bias"),
+    ({"hidden_size": -32}, "d_model must be"), ({"vocab_size": 10**12}, "vocab_size must be")])
+def test_a_transformers_folder_of_another_architecture_is_refused(exported, tmp_path, change, word):
+    folder = Path(shutil.copytree(exported / "exported_models/transformers", tmp_path / "changed"))
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(InputError, match=word):
+        load_transformers(folder)
+
+
+def test_pushing_uploads_the_exported_folder_and_nothing_else(checkpoint, tmp_path, capsys, monkeypatch):
+    import huggingface_hub
+    calls = []
+
+    class Api:
+        def create_repo(self, name, **_):
+            calls.append(name)
+            if name == "me/forbidden":
+                raise OSError("401 Client Error\nmore")
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append((repo_id, Path(folder_path)))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    arguments = ["--model_path", str(checkpoint), "--output_dir", str(tmp_path), "--format", "huggingface"]
+    assert main(arguments) == 0
+    assert calls == []
+    assert main([*arguments, "--push_to_hub", "me/it"]) == 0
+    assert calls == ["me/it", ("me/it", tmp_path / "huggingface")]
+    assert main([*arguments, "--push_to_hub", "me/forbidden"]) == 2
+    assert "--push_to_hub me/forbidden: 401 Client Error (`hf auth login` logs in" in capsys.readouterr().err
+
+
+def test_expected_positions_are_thinned_but_keep_the_last(checkpoint, tmp_path, monkeypatch):
+    source = open_source(str(checkpoint), 7)
+    monkeypatch.setattr(export, "PROOF_FLOATS", 420 * 10)
+    export.write_expectation(source, tmp_path)
+    with np.load(tmp_path / "expected.npz") as arrays:
+        for number in range(16):
+            ids, logits, step = (arrays[f"{name}{number}"] for name in ("ids", "logits", "step"))
+            assert logits.size <= 420 * 10 + 3 * 420
+            full = source.model(torch.from_numpy(ids))[0].detach().numpy()
+            assert np.array_equal(logits, full[:, ::-int(step)])
+            assert np.array_equal(logits[:, 0], full[:, -1])
