@@ -464,13 +464,15 @@ def to_record(value: object) -> Record:
             try:
                 return read(value)
             except RecursionError:
-                raise BadRecord("nested too deeply") from None
+                raise BadRecord(TOO_DEEP) from None
     keys = ", ".join(str(key) for key in list(value)[:5])
     raise BadRecord(f"no known form of record; its keys are: {keys:.80}" if keys else "an empty object")
 
 
 # ------------------------------------------------------------------------------------------------------- files
 
+JSON = json.JSONDecoder()
+TOO_DEEP = "nested too deeply"
 RECORD_LIMIT = 1 << 26  # characters of one JSON record; a longer one is skipped
 BLOCK = 1 << 20  # bytes or characters read at once
 UNDECODABLE = "\udcff"  # stands for a byte that is not text in the file's encoding; no decoder gives it otherwise
@@ -567,7 +569,7 @@ def _read_json_lines(stream: io.BufferedReader, encoding: str) -> Iterator[tuple
         except UnicodeDecodeError:
             yield number, BadRecord("not valid UTF-8 text")
         except RecursionError:
-            yield number, BadRecord("nested too deeply")
+            yield number, BadRecord(TOO_DEEP)
         except ValueError as error:
             yield number, BadRecord(f"broken JSON ({getattr(error, 'msg', error)})")
 
@@ -581,36 +583,49 @@ def _decode_line(line: bytes, encoding: str) -> str:
         return line.decode(encoding)
 
 
+def _parse_value(text: str, at: int) -> tuple[object, int, str]:
+    """The JSON value that starts there and where it ends, or why there is none and how far it could be one."""
+    # Making the error counts all lines before it: cheap only in a short part, and junk makes many errors.
+    for size in (1 << 12, 1 << 16, len(text)):
+        part = text[at:at + size]
+        try:
+            value, end = JSON.raw_decode(part)
+            return value, at + end, ""
+        except RecursionError:
+            return None, at, TOO_DEEP
+        except ValueError as error:
+            reason, reached = str(getattr(error, "msg", error)), getattr(error, "pos", 0)
+        if reached < len(part) - 64 and not reason.startswith("Unterminated"):
+            return None, at + reached, f"broken JSON ({reason})"
+        if at + size >= len(text):
+            break
+    return None, len(text), f"broken JSON ({reason})"
+
+
 def _read_json_values(stream: io.BufferedReader, encoding: str) -> Iterator[tuple[int, object]]:
     """(line number, value or BadRecord) of a JSON array's elements, or of objects one after the other.
 
     Parsed over a sliding buffer. After a broken element reading goes on at the next object that is a record.
     """
     text = io.TextIOWrapper(stream, encoding, "mark-undecodable")
-    decode = json.JSONDecoder().raw_decode
-    between, candidate = re.compile(r"[\s,\]]*"), re.compile(r"[,\n][ \t\r]*(?:(?={)|\Z)")
-    buffer, line, counted, ended, lost, too_deep = text.read(BLOCK), 1, 0, False, False, 0
+    between = re.compile(r"[\s,\]]*")
+    # Megabytes of junk without line ends would hold millions of candidates: after a while only line starts are tried.
+    candidate, at_line_start = re.compile(r"[,\n][ \t\r]*(?:(?={)|\Z)"), re.compile(r"\n[ \t\r]*(?:(?={)|\Z)")
+    buffer, line, counted, ended, lost, misses = text.read(BLOCK), 1, 0, False, False, 0
     at = re.compile(r"\s*\[?").match(buffer).end()
     while True:
         if lost:
-            found = candidate.search(buffer, at)
+            found = (candidate if misses < 10_000 else at_line_start).search(buffer, at)
             keep, at = found.span() if found else (len(buffer), len(buffer))  # what marks a candidate stays with it
         else:
             keep = at = between.match(buffer, at).end()
         more = at == len(buffer)
         if not more:
-            try:
-                value, end = decode(buffer, at)
-                reason = ""
-            except RecursionError:
-                reason, too_deep = "nested too deeply", too_deep + 1
-            except ValueError as error:
-                position = getattr(error, "pos", at)
-                cut = position >= len(buffer) - 64 or getattr(error, "msg", "").startswith("Unterminated")
-                more = cut and not ended and len(buffer) - at < RECORD_LIMIT
-                reason = "cut off" if cut and ended else f"broken JSON ({getattr(error, 'msg', error)})"
-                if cut and not more and not ended:
-                    reason = f"longer than {RECORD_LIMIT >> 20} MB"
+            value, end, reason = _parse_value(buffer, at)
+            if reason and end == len(buffer):
+                more = not ended and len(buffer) - at < RECORD_LIMIT
+                reason = "cut off" if ended else f"longer than {RECORD_LIMIT >> 20} MB"
+            misses += 100 if reason == TOO_DEEP else 1
         if more:
             if ended:
                 return
@@ -626,14 +641,11 @@ def _read_json_values(stream: io.BufferedReader, encoding: str) -> Iterator[tupl
                 record = error
             if not lost or isinstance(record, Record):
                 yield line, record
-                lost, at = False, end
+                lost, at, misses = False, end, 0
                 continue
         elif not lost:
             yield line, BadRecord(reason)
             lost = True
-        if too_deep > 1000:  # each costs about a millisecond
-            yield line, BadRecord("nested too deeply again and again; the rest of the file is left out")
-            return
 
 
 def _read_table(stream: io.BufferedReader, encoding: str) -> Iterator[tuple[int, object]]:
@@ -890,7 +902,7 @@ def prepare(paths: Union[str, Path, Sequence[Union[str, Path]]], tokenizer: Unio
     total = sum(path.stat().st_size for path in files)
     content = _fingerprint(files, total, progress)
     if tokenizer is None:
-        vocab_size = vocab_size or min(max(2 ** round(math.log2(2 * math.sqrt(max(total, 1)))), 512), 32768)
+        vocab_size = vocab_size or min(max(2 ** round(math.log2(math.sqrt(max(total, 1)))), 512), 32768)
         trained = cache_dir / f"{_key(content, PATTERN, vocab_size)}.json"
         tokenizer = _open_tokenizer(trained)
         if tokenizer is None:
