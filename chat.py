@@ -87,10 +87,16 @@ class Runtime:
 
     kind: str
     tokenizer: Tokenizer
-    context_length: int
+    config: GPTConfig
     feed: Callable[[int, List[int]], Tensor]
     is_chat: bool = True
     held: List[int] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.context_length = self.config.context_length
+        if self.tokenizer.vocab_size > self.config.vocab_size:
+            raise InputError(f"the model is damaged: it knows {self.config.vocab_size} tokens, its tokenizer "
+                             f"{self.tokenizer.vocab_size}")
 
     def start(self, ids: List[int]) -> Tensor:
         """Logits after `ids`; only what differs from the ids fed before is computed."""
@@ -107,10 +113,12 @@ class Runtime:
 
     def extend(self, held: List[int], new: List[int]) -> Tensor:
         self.held = []  # what an interrupt in the middle of the model leaves behind is not to be trusted
-        logits = self.feed(len(held), new)
+        logits = self.feed(len(held), new)[:self.tokenizer.vocab_size]
+        if logits.isnan().any():
+            raise InputError("the model is damaged: what it computes is not a number")
         held += new
         self.held = held
-        return logits[:self.tokenizer.vocab_size]
+        return logits
 
 
 def uncached(compute: Callable[[List[int]], Tensor]) -> Callable[[int, List[int]], Tensor]:
@@ -134,7 +142,7 @@ def gpt_runtime(kind: str, model: GPT, tokenizer: Tokenizer, device: str, is_cha
         decoder.cache.truncate(kept)
         return decoder.feed(new)
 
-    return Runtime(kind, tokenizer, model.context_length, feed, is_chat)
+    return Runtime(kind, tokenizer, model.config, feed, is_chat)
 
 
 def read_tokenizer_json(text: str, source: str) -> Tokenizer:
@@ -178,8 +186,9 @@ def read_config(text: str, source: str) -> dict:
 def open_checkpoint(path: Path, device: str) -> Runtime:
     checkpoint = Checkpoint.load(path)
     tokenizer = Tokenizer.from_dict(checkpoint.tokenizer)
-    summary = (checkpoint.training or {}).get("summary", {})
-    return gpt_runtime("checkpoint", checkpoint.build_model(), tokenizer, device, summary.get("chat", True))
+    summary = checkpoint.training.get("summary") if isinstance(checkpoint.training, dict) else None
+    is_chat = not isinstance(summary, dict) or bool(summary.get("chat", True))
+    return gpt_runtime("checkpoint", checkpoint.build_model(), tokenizer, device, is_chat)
 
 
 def open_huggingface(path: Path, device: str) -> Runtime:
@@ -226,23 +235,31 @@ def open_transformers(path: Path, device: str) -> Runtime:
         ids = torch.tensor([new], device=device)
         return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
 
-    return Runtime("transformers folder", tokenizer, sizes.context_length, feed)
+    return Runtime("transformers folder", tokenizer, sizes, feed)
+
+
+def read_torchscript_texts(path: Path) -> Tuple[bytes, dict]:
+    """The code of a TorchScript file and the texts that export.py put beside it, without loading anything."""
+    with zipfile.ZipFile(path) as archive:
+        # Only code and texts are compressed: what unpacks to far more than the file itself is a bomb.
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size + LARGEST_TEXT_FILE:
+            raise InputError(f"{path}: refused, it would unpack to far more than its own size")
+        code = b"".join(archive.read(name) for name in archive.namelist() if name.endswith(".py"))
+        return code, {name.rpartition("/")[2]: archive.read(name).decode() for name in archive.namelist()
+                      if name.partition("/")[2] in ("extra/config.json", "extra/tokenizer.json")}
 
 
 def open_torchscript(path: Path, device: str) -> Runtime:
-    with zipfile.ZipFile(path) as archive:
-        # Only code and the riding texts are compressed: far more than the file itself is a bomb.
-        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size + LARGEST_TEXT_FILE:
-            raise InputError(f"{path}: refused, it would unpack to far more than its own size")
-        code = b"".join(archive.read(entry) for entry in archive.namelist() if entry.endswith(".py"))
-        if re.search(rb"\b(save|from_file)\b", code):  # all of TorchScript that touches files
-            raise InputError(f"{path}: refused, its code reaches for files")
-        texts = {}
-        for name in ("config.json", "tokenizer.json"):
-            entry = next((entry for entry in archive.namelist() if entry.endswith(f"/extra/{name}")), None)
-            if entry is None:
-                raise InputError(f"{path}: a TorchScript file, but not one that export.py wrote")
-            texts[name] = archive.read(entry).decode("utf-8", "replace")
+    try:
+        code, texts = read_torchscript_texts(path)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged file makes zipfile raise
+        raise InputError(f"{path}: damaged, or cut off") from error
+    if re.search(rb"\b(save|from_file)\b", code):  # all of TorchScript that touches files
+        raise InputError(f"{path}: refused, its code reaches for files")
+    if len(texts) < 2:
+        raise InputError(f"{path}: a TorchScript file, but not one that export.py wrote")
     tokenizer = read_tokenizer_json(texts["tokenizer.json"], str(path))
     config = exported_config(texts["config.json"], str(path))
     try:
@@ -254,7 +271,7 @@ def open_torchscript(path: Path, device: str) -> Runtime:
     def compute(ids: List[int]) -> Tensor:
         return model(torch.tensor([ids], device=device), None)[0][0, -1]
 
-    return Runtime("TorchScript", tokenizer, config.context_length, uncached(compute))
+    return Runtime("TorchScript", tokenizer, config, uncached(compute))
 
 
 def exported_config(text: str, source: str) -> GPTConfig:
@@ -297,7 +314,7 @@ def open_onnx(path: Path, device: str) -> Runtime:
         logits = session.run(["logits"], {"input_ids": torch.tensor([ids]).numpy()})[0]
         return torch.from_numpy(logits[0, -1])
 
-    return Runtime("ONNX", tokenizer, config.context_length, uncached(compute))
+    return Runtime("ONNX", tokenizer, config, uncached(compute))
 
 
 def external_locations(message) -> Iterator[str]:
@@ -316,7 +333,7 @@ def is_zip_with(name: str) -> Callable[[Path], bool]:
         try:
             with zipfile.ZipFile(path) as archive:
                 return any(entry.partition("/")[2] == name for entry in archive.namelist())
-        except (zipfile.BadZipFile, OSError):
+        except Exception:  # whatever a file that is no zip, or a damaged one, makes zipfile raise
             return False
     return test
 

@@ -445,7 +445,7 @@ class Decoder:
             return x * (scale * f32((x.dot(x) / f32(c.d_model) + eps) ** f32(-0.5)))
 
         x = self.embedding[token]                                                      # (C,)
-        with np.errstate(over="ignore"):  # exp(-gate) may be infinite, and the gate then closed
+        with np.errstate(all="ignore"):  # exp(-gate) may be infinite, and the gate then closed
             for attention_scale, qkv, scales, out, ffn_scale, gate_up, down, keys, values in self.layers:
                 heads = qkv.dot(norm(x, attention_scale)).reshape(H + 2 * K, D)
                 qk = heads[:H + K]
@@ -462,8 +462,8 @@ class Decoder:
                 hidden = gate_up.dot(norm(x, ffn_scale))
                 gate = hidden[:c.d_ff]
                 x = x + down.dot(gate / (np.exp(-gate) + f32(1)) * hidden[c.d_ff:])
-        self.cache.position = end
-        return self.head.dot(norm(x, self.final_norm))
+            self.cache.position = end
+            return self.head.dot(norm(x, self.final_norm))
 
 
 def sample(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,

@@ -1,6 +1,7 @@
 """chat.py: every artifact says the same, history fits the context, bad files are refused, a person at a terminal."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -305,6 +306,25 @@ def test_a_bad_flag_is_refused_in_one_line_with_exit_code_2(trained, capsys, arg
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("changes", [{"weights": math.nan}, {"vocab_size": 300}, {"training": [1]}])
+def test_a_checkpoint_that_does_not_hold_together_is_refused(trained, tmp_path, capsys, changes):
+    checkpoint = Checkpoint.load(trained)
+    if "weights" in changes:
+        checkpoint.weights["final_norm.weight"] *= changes["weights"]
+    if "vocab_size" in changes:
+        checkpoint.config = replace(checkpoint.config, vocab_size=changes["vocab_size"])
+        checkpoint.weights["token_embedding.weight"] = checkpoint.weights["token_embedding.weight"][:300].clone()
+    checkpoint.training = changes.get("training")
+    checkpoint.save(tmp_path / "odd.pt")
+    code = chat.main(["--model_path", str(tmp_path / "odd.pt"), "--prompt", "hello", "--greedy"])
+    output = capsys.readouterr()
+    if "training" in changes:  # facts of another kind are no reason to refuse a model
+        assert (code, output.out) == (0, "Hello! Nice to meet you.\n")
+    else:
+        assert (code, output.err.count("\n")) == (2, 1)
+        assert "damaged" in output.err
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
