@@ -779,7 +779,7 @@ class Metrics:
                                   ("val_loss", "validation", dict(marker="o", markersize=3))):
             points = [(line["step"], line[key]) for line in self.lines if key in line]
             axes.plot(*zip(*points, strict=True), label=label, **style)
-        axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{self.trainer.folder.name}: loss")
+        axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
         axes.legend()
         axes.grid(alpha=0.3)
         figure.savefig(self.trainer.folder / "loss.png")
