@@ -4,6 +4,7 @@ Writers read a Source, write below one target path, and never change the model. 
 other programs use.
 """
 
+import io
 import json
 import logging
 import re
@@ -417,9 +418,12 @@ def write_torchscript(source: Source, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*torch\.jit\..*deprecated")  # upstream, with no successor in C++
         scripted = torch.jit.script(source.model)
-        with writing(path):
-            extra = {"config.json": source.config_text, "tokenizer.json": source.tokenizer_text}
-            torch.jit.save(scripted, str(path), _extra_files=extra)
+        # By way of memory: given a path, torch.jit.save aborts the whole process when the disk is full.
+        content = io.BytesIO()
+        torch.jit.save(scripted, content, _extra_files={"config.json": source.config_text,
+                                                        "tokenizer.json": source.tokenizer_text})
+    with writing(path):
+        path.write_bytes(content.getbuffer())
 
 
 # -------------------------------------------------------------------------------------------------------- onnx

