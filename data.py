@@ -123,8 +123,8 @@ class Tokenizer:
         self.token_byte_lengths = np.array([len(token) for token in self._bytes], dtype=np.int32)
         for token, rank in special_ids.items():
             self._bytes[rank] = token.encode()
-        self._headers = {role: self.encode(role + "\n") for role in ROLES}
-        self._newline = self.encode("\n")
+        self._headers = {role: np.array([self.im_start_id, *self.encode(role + "\n")], np.uint32) for role in ROLES}
+        self._turn_end = np.array([self.im_end_id, *self.encode("\n")], np.uint32)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -220,16 +220,16 @@ class Tokenizer:
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
         """encode of each text as uint32 arrays; far fewer calls into tiktoken than texts."""
-        segments = [list(cut_text(text)) if len(text) > SEGMENT else [text] for text in map(clean_text, texts)]
+        segments = [list(cut_text(clean_text(text))) if len(text) > SEGMENT else [text] for text in texts]
         arrays = iter(list(chain.from_iterable(map(self._encode_joined, _groups(chain.from_iterable(segments))))))
         return [np.concatenate([next(arrays) for _ in parts]) if len(parts) > 1 else next(arrays)
                 for parts in segments]
 
     def _encode_joined(self, texts: list[str]) -> list[np.ndarray]:
         # The special token between two texts keeps them apart exactly; where a text has it typed, each goes alone.
-        joined = END_OF_TEXT.join(texts)
+        joined = clean_text(END_OF_TEXT.join(texts))
         if joined.count(END_OF_TEXT) != len(texts) - 1:
-            return [np.array(self.encoding.encode_ordinary(text), dtype=np.uint32) for text in texts]
+            return [np.array(self.encode(text), dtype=np.uint32) for text in texts]
         ids = self.encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}, disallowed_special=())
         ends = np.flatnonzero(ids == self.end_of_text_id).tolist()
         return [ids[start:end] for start, end in zip([0, *(end + 1 for end in ends)], [*ends, len(ids)], strict=True)]
@@ -292,25 +292,30 @@ def render_chat(tokenizer: Tokenizer, messages: list[Message],
     for message in messages:
         if message.get("role") not in ROLES or not isinstance(message.get("content"), str):
             raise InputError(f"a message needs a role ({', '.join(ROLES)}) and a text as content, not {message!r:.80}")
-    contents = [tokenizer.encode(message["content"].strip()) for message in messages]
-    ids, mask = _join_chat(tokenizer, messages, contents)
+    contents = tokenizer.encode_arrays([message["content"].strip() for message in messages])
+    pieces, lengths, learnt = _chat_pieces(tokenizer, messages, contents)
     if add_generation_prompt:
-        prompt = [tokenizer.im_start_id, *tokenizer._headers["assistant"]]
-        ids, mask = ids + prompt, mask + [0] * len(prompt)
-    return ids, mask
+        pieces.append(tokenizer._headers["assistant"])
+        lengths.append(len(pieces[-1]))
+        learnt.append(0)
+    ids = np.concatenate(pieces).tolist() if pieces else []
+    return ids, np.repeat(np.array(learnt, np.uint8), lengths).tolist()
 
 
-def _join_chat(tokenizer: Tokenizer, messages: list[Message], contents: list[list[int]]) -> tuple[list[int], list[int]]:
-    # A header ends in a newline after a letter and a content starts without a blank: a safe cut, so that the two
-    # can be encoded apart.
-    ids: list[int] = []
-    mask: list[int] = []
+def _chat_pieces(tokenizer: Tokenizer, messages: list[Message],
+                 contents: list[np.ndarray]) -> tuple[list[np.ndarray], list[int], list[int]]:
+    """The ids in pieces, then the lengths of the mask's runs and what each run is.
+
+    A header ends in a newline after a letter and a content starts without a blank: a safe cut, so that header and
+    content can be encoded apart.
+    """
+    pieces, lengths, learnt = [], [], []
     for message, content in zip(messages, contents, strict=True):
-        header = [tokenizer.im_start_id, *tokenizer._headers[message["role"]]]
-        ids += [*header, *content, tokenizer.im_end_id, *tokenizer._newline]
-        mask += [0] * len(header) + [int(message["role"] == "assistant")] * (len(content) + 1)
-        mask += [0] * len(tokenizer._newline)
-    return ids, mask
+        header = tokenizer._headers[message["role"]]
+        pieces += [header, content, tokenizer._turn_end]
+        lengths += [len(header), len(content) + 1, len(tokenizer._turn_end) - 1]
+        learnt += [0, int(message["role"] == "assistant"), 0]
+    return pieces, lengths, learnt
 
 
 # ----------------------------------------------------------------------------------------------------- records
@@ -1040,24 +1045,23 @@ def _encode_records(tokenizer: Tokenizer, records: list[Record], dtype: np.dtype
     texts: list[str] = []
     for record in records:
         texts += [record.text] if record.messages is None else [m["content"].strip() for m in record.messages]
-    encoded = iter(tokenizer.encode_arrays(texts))
-    end, no, yes = np.array([tokenizer.end_of_text_id], dtype), np.zeros(1, np.uint8), np.ones(1, np.uint8)
-    ids, supervised, parts = [], [], []
+    encoded, end = iter(tokenizer.encode_arrays(texts)), np.array([tokenizer.end_of_text_id], np.uint32)
+    pieces, lengths, learnt, parts = [], [], [], []
     for record in records:
+        first = len(lengths)
         if record.messages is None:
             body = next(encoded)
-            pieces = [end] * record.opens + [body] + [end] * record.closes
-            flags = [no] * record.opens + [np.ones(len(body), np.uint8)] + [yes] * record.closes
-            ids += pieces
-            supervised += flags
-            parts.append((len(body) + record.opens + record.closes, TEXT, record.closes))
+            pieces += [end] * record.opens + [body] + [end] * record.closes
+            lengths += [int(record.opens), len(body) + record.closes]
+            learnt += [0, 1]
         else:
-            chat, mask = _join_chat(tokenizer, record.messages, [next(encoded).tolist() for _ in record.messages])
-            ids.append(np.array(chat, dtype))
-            supervised.append(np.array(mask, np.uint8))
-            parts.append((len(chat), CHAT, True))
-    joined = np.concatenate(ids).astype(dtype, copy=False)
-    return joined, np.concatenate(supervised), parts, int(tokenizer.token_byte_lengths[joined].sum())
+            chat = _chat_pieces(tokenizer, record.messages, [next(encoded) for _ in record.messages])
+            for whole, part in zip((pieces, lengths, learnt), chat, strict=True):
+                whole += part
+        parts.append((sum(lengths[first:]), TEXT if record.messages is None else CHAT, record.closes))
+    ids = np.concatenate(pieces)
+    supervised = np.repeat(np.array(learnt, np.uint8), lengths)
+    return ids.astype(dtype), supervised, parts, int(tokenizer.token_byte_lengths[ids].sum())
 
 
 def _open_tokenizer(path: Path) -> Optional[Tokenizer]:
@@ -1160,12 +1164,13 @@ class Packed:
 
     def _cut_chat(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """Parts of a long chat, each starting at a user's turn, with the conversation's system message before it."""
-        context, headers = self.context_length, self.prepared.tokenizer._headers
+        context = self.context_length
+        headers = {role: ids.tolist() for role, ids in self.prepared.tokenizer._headers.items()}
         ids = self._tokens[start:stop]
         messages = np.flatnonzero(ids == self.prepared.tokenizer.im_start_id).tolist()
 
         def says(message: int, role: str) -> bool:
-            return ids[message + 1:message + 1 + len(headers[role])].tolist() == headers[role]
+            return ids[message:message + len(headers[role])].tolist() == headers[role]
 
         system = messages[1] if len(messages) > 1 and says(0, "system") else 0
         if system > context // 2:
@@ -1278,7 +1283,7 @@ class Packed:
         source = _ranges(starts, slots)
         turns = np.flatnonzero(self._tokens[source] == tokenizer.im_start_id)
         for i, token in enumerate(tokenizer._headers["user"]):
-            turns = turns[self._tokens[source[turns] + 1 + i] == token]
+            turns = turns[self._tokens[source[turns] + i] == token]
         return turns
 
     def rows(self, epoch: int) -> int:

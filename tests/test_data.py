@@ -709,7 +709,7 @@ def corpus(documents: list, dtype=np.uint32) -> tuple[Prepared, Tokenizer]:
             supervised += [0] + [1] * (document - 1)
         else:
             for role, length in document:
-                ids += [tokenizer.im_start_id, *tokenizer._headers[role]]
+                ids += tokenizer._headers[role].tolist()
                 supervised += [0] * (len(ids) - len(supervised))
                 ids += range(1000 + len(ids), 1000 + len(ids) + length)
                 supervised += [int(role == "assistant")] * length
@@ -783,7 +783,7 @@ def test_a_long_chat_is_split_at_turns_with_its_system_message_in_front():
     packed = Packed(prepared, prepared.documents[:-1], prepared.documents[1:], prepared.kinds, 90)
     batch = packed.batch(0, range(packed.rows(0)))
     system = prepared.tokens[:12].tolist()
-    user = [tokenizer.im_start_id, *tokenizer._headers["user"]]
+    user = tokenizer._headers["user"].tolist()
     assert packed.rows(0) == 3
     for row in batch.input_ids.tolist():
         assert row[:12] == system
