@@ -603,6 +603,7 @@ def run(trainer: Trainer, progress: Progress) -> None:
             metrics.evaluation(progress, rows, loss, bits, say)
             saved = 0.0
         if progress.skipped_in_a_row >= 20:
+            metrics.save("last.pt", progress)  # skipped steps changed nothing: these weights are the last good ones
             raise InputError(f"the loss has been NaN or infinite for {progress.skipped_in_a_row} steps in a row; "
                              f"{folder / 'last.pt'} holds the last good state; try half the --learning_rate")
         if stop.signal or time.monotonic() - saved > 60:

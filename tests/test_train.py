@@ -159,13 +159,15 @@ def losses(out: Path) -> list:
 
 @pytest.mark.parametrize("flags", [[], ["--fsdp"]])
 def test_two_processes_train_as_one(chats, tmp_path, flags):
-    assert run(command(chats, tmp_path / "one")).returncode == 0
+    # Small rates: training multiplies a difference in rounding, the more the larger its steps are.
+    flags = [*flags, "--learning_rate", "0.002", "--embedding_lr", "0.002"]
+    assert run(command(chats, tmp_path / "one", *flags)).returncode == 0
     two = run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                *command(chats, tmp_path / "two", *flags)])
     assert two.returncode == 0, two.stderr[-2000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert two[:20] == pytest.approx(one[:20], abs=2e-3)
-    assert two == pytest.approx(one, abs=3e-2)  # training multiplies a difference in rounding
+    assert two == pytest.approx(one, abs=3e-2)
     assert weights(tmp_path / "one").keys() == weights(tmp_path / "two").keys()
 
 
