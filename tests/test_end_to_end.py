@@ -76,8 +76,10 @@ def test_a_trained_model_answers_in_a_terminal(trained):
     chat = pexpect.spawn(sys.executable, [str(ROOT / "chat.py"), "--greedy"], cwd=str(trained), encoding="utf-8",
                          env={**environment(trained), "TERM": "dumb"}, timeout=60)
     for question, answer in (("谢谢", "不客气！"), ("hello", "How can I help"), ("再见", "祝你愉快")):
+        chat.expect_exact("> ")
         chat.sendline(question)
         chat.expect_exact(answer)
+    chat.expect_exact("> ")
     chat.sendeof()
     chat.expect(pexpect.EOF)
     chat.close()
