@@ -41,6 +41,7 @@ import torch
 from model import InputError
 
 Progress = Optional[Callable[[int, int, str], None]]  # done bytes, total bytes, what is being done
+Paths = Union[str, Path, Sequence[Union[str, Path]]]
 Message = dict[str, str]
 
 # --------------------------------------------------------------------------------------------------- tokenizer
@@ -465,12 +466,12 @@ def to_record(value: object) -> Record:
     if not isinstance(value, dict):
         raise BadRecord(f"it is {_kind(value)}, not an object")
     for keys, read in FORMS:
-        if all(key in value for key in keys):
+        if all(value.get(key) is not None for key in keys):
             try:
                 return read(value)
             except RecursionError:
                 raise BadRecord(TOO_DEEP) from None
-    keys = ", ".join(str(key) for key in list(value)[:5])
+    keys = ", ".join([key for key, item in value.items() if item is not None][:5])
     raise BadRecord(f"no known form of record; its keys are: {keys:.80}" if keys else "an empty object")
 
 
@@ -792,7 +793,7 @@ def _checked(values: Iterator[tuple[int, object]], name: str, report: ReadReport
             yield record
 
 
-def find_files(paths: Union[str, Path, Sequence[Union[str, Path]]]) -> list[Path]:
+def find_files(paths: Paths) -> list[Path]:
     """The files that paths name, in order: a file, a folder with all below it save hidden ones, a glob."""
     files: list[Path] = []
     for name in [paths] if isinstance(paths, (str, Path)) else paths:
@@ -817,7 +818,7 @@ def find_files(paths: Union[str, Path, Sequence[Union[str, Path]]]) -> list[Path
     return list(dict.fromkeys(files))
 
 
-def read_records(paths: Union[str, Path, Sequence[Union[str, Path]]], report: ReadReport) -> Iterator[Record]:
+def read_records(paths: Paths, report: ReadReport) -> Iterator[Record]:
     """All usable records of the files, in order. What is skipped goes into the report; nothing usable: InputError."""
     files = find_files(paths)
     for path in files:
@@ -892,8 +893,8 @@ def _split(prepared: Prepared) -> dict[str, tuple[np.ndarray, np.ndarray, np.nda
     return {"train": tuple(a[trained] for a in train), "val": tuple(a[held] for a in val)}
 
 
-def prepare(paths: Union[str, Path, Sequence[Union[str, Path]]], tokenizer: Union[Tokenizer, str, None],
-            vocab_size: Optional[int], cache_dir: Union[str, Path], progress: Progress = None) -> Prepared:
+def prepare(paths: Paths, tokenizer: Union[Tokenizer, str, None], vocab_size: Optional[int],
+            cache_dir: Union[str, Path], progress: Progress = None) -> Prepared:
     """The corpus as tokens, from cache_dir where it lies there already for the same content and tokenizer.
 
     tokenizer: one at hand, the name of a tiktoken encoding, or None: one is trained on this corpus, of vocab_size
@@ -921,10 +922,12 @@ def prepare(paths: Union[str, Path, Sequence[Union[str, Path]]], tokenizer: Unio
         with _aside(cache_dir) as aside:
             (aside / "arrays").mkdir()
             _tokenise(files, total, tokenizer, aside / "arrays", progress)
-            if folder.exists() and _open_cache(folder, tokenizer) is None:  # else another process was first
-                folder.rename(aside / "damaged")
-            if not folder.exists():
+            try:
                 (aside / "arrays").rename(folder)
+            except OSError:
+                if _open_cache(folder, tokenizer) is None:  # else another process was first
+                    folder.rename(aside / "damaged")
+                    (aside / "arrays").rename(folder)
         prepared = _open_cache(folder, tokenizer)
     if prepared is None:
         raise InputError(f"{folder}: the prepared data is damaged as soon as written; is the disk sound?")
@@ -1095,14 +1098,14 @@ def _remove_leftovers(cache_dir: Path) -> None:
     """Removes what processes that died have left: those of this machine at once, others after a day."""
     for path in cache_dir.glob("tmp-*"):
         host, _, pid = path.name.removeprefix("tmp-").rpartition("-")[0].rpartition("-")
-        alive = time.time() - path.stat().st_mtime < 86400
-        if os.name == "posix" and host == platform.node() and pid.isdigit():
-            try:
+        try:
+            alive = time.time() - path.stat().st_mtime < 86400
+            if os.name == "posix" and host == platform.node():
                 os.kill(int(pid), 0)
-            except ProcessLookupError:
-                alive = False
-            except OSError:
-                pass
+        except (ProcessLookupError, ValueError):
+            alive = False
+        except OSError:  # another user's process, or gone meanwhile
+            alive = True
         if not alive:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -259,6 +259,13 @@ def test_every_form_of_record_gives_the_same_conversation(tmp_path, form, shape)
     assert read(path, skipped=0) == [CONVERSATION] * (1 if shape == "one object" else 3)
 
 
+def test_a_column_left_empty_does_not_hide_the_form(tmp_path):
+    rows = [{"messages": None, "text": "a"}, {"messages": None, "prompt": "q", "completion": "b"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read(tmp_path, skipped=0) == [
+        "a", [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}]]
+
+
 def test_tables_are_read_by_their_column_names(tmp_path):
     with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
@@ -357,6 +364,7 @@ def test_a_file_with_nothing_usable_is_refused_in_one_line(tmp_path):
     ({"text": ""}, "empty text"),
     ({"a": 1, "b": 2}, "no known form of record; its keys are: a, b"),
     ({}, "an empty object"),
+    ({"messages": None, "text": None}, "an empty object"),
     (3, "it is a number, not an object"),
 ])
 def test_a_bad_record_is_skipped_with_its_place_and_reason(tmp_path, record, reason):
