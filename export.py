@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Optional
@@ -46,7 +45,8 @@ ENGLISH = "Hello! Could you tell me what the capital of France is? The quick bro
 
 # Runs alone: python -I, in a folder that holds nothing but exported_models/ and what is expected of it.
 PROBE = """
-import json, sys
+import json, sys, time
+start = time.perf_counter()
 sys.path += {path!r}
 {snippet}
 import numpy as np
@@ -83,7 +83,8 @@ with np.load("expected.npz") as arrays:
             gap = np.abs(logits[:, ::-step] - wanted).max()
             difference = max(difference, float(gap)) if np.isfinite(gap) else float("inf")
 greedy = decode_greedily(expected["greedy_prompt"], expected["greedy_count"])
-print(json.dumps(dict(difference=difference, greedy=greedy, texts=texts, texts_equal=texts_equal, problems=problems)))
+print(json.dumps(dict(difference=difference, greedy=greedy, texts=texts, texts_equal=texts_equal, problems=problems,
+                      seconds=time.perf_counter() - start)))
 """
 
 
@@ -164,22 +165,26 @@ def write_expectation(source: Source, folder: Path) -> Expectation:
     return Expectation(TOLERANCE * max(1.0, largest), greedy, margins)
 
 
-def prove(format: Format, folder: Path, expectation: Expectation) -> dict:
-    """Runs the format's probe in a fresh interpreter; the row of the report, with `problems` empty if all agrees."""
-    start = time.perf_counter()
+def start_probe(format: Format, folder: Path) -> subprocess.Popen:
+    """Runs the format's probe in a fresh interpreter, in the folder that write_expectation wrote to."""
     path = [str(Path(__file__).resolve().parent)] if format.uses_project else []
     code = PROBE.format(path=path, snippet=format.snippet, probe=format.probe)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    run = subprocess.run([sys.executable, "-I", "-X", "utf8", "-c", code], cwd=folder, env=environment,
-                         stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace")
+    with open(folder / f"{format.name}.out", "wb") as out, open(folder / f"{format.name}.err", "wb") as err:
+        return subprocess.Popen([sys.executable, "-I", "-X", "utf8", "-c", code], cwd=folder, env=environment,
+                                stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+
+
+def judge(format: Format, probe: subprocess.Popen, folder: Path, expectation: Expectation) -> dict:
+    """Waits for the probe; the row of the report, with `problems` empty if all agrees."""
+    status = probe.wait()
     row = {"format": format.name, "largest_logit_difference": None, "tolerance": expectation.tolerance,
-           "greedy_equal": 0, "greedy_count": len(expectation.greedy), "texts_equal": 0, "texts": 0, "problems": []}
-    try:
-        found = json.loads(run.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        lines = run.stderr.strip().splitlines() or ["it said nothing"]
-        row["problems"] = [f"the snippet does not run: {lines[-1]:.300}"]
-        return {**row, "seconds": time.perf_counter() - start}
+           "greedy_equal": 0, "greedy_count": len(expectation.greedy), "texts_equal": 0, "texts": 0, "seconds": 0.0}
+    out, err = (folder.joinpath(f"{format.name}.{end}").read_text("utf-8", "replace") for end in ("out", "err"))
+    if status:
+        last = (err.strip().splitlines() or [f"its interpreter ended with {status}"])[-1]
+        return {**row, "problems": [f"the snippet or the comparison does not run: {last:.300}"]}
+    found = json.loads(out.splitlines()[-1])
     problems = list(found["problems"])
     if not found["difference"] <= expectation.tolerance:
         problems.append(f"logits differ by {found['difference']:.2g}, more than {expectation.tolerance:.2g}")
@@ -192,7 +197,7 @@ def prove(format: Format, folder: Path, expectation: Expectation) -> dict:
     if found["texts_equal"] != found["texts"]:
         problems.append(f"{found['texts'] - found['texts_equal']} of {found['texts']} texts get other token ids")
     return {**row, "largest_logit_difference": found["difference"], "greedy_equal": same, "texts": found["texts"],
-            "texts_equal": found["texts_equal"], "problems": problems, "seconds": time.perf_counter() - start}
+            "texts_equal": found["texts_equal"], "seconds": found["seconds"], "problems": problems}
 
 
 def table(rows: List[dict]) -> str:
@@ -249,20 +254,20 @@ class Staging:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "a")
+            try:
+                lock(self.lock)
+            except OSError:
+                self.lock.close()
+                raise InputError(f"{self.output_dir}: another export is writing there") from None
+            if self.journal.exists():
+                self.undo()
+            for path in self.folder.iterdir():
+                if path.name != "lock":
+                    remove(path)
+            self.made.mkdir()
+            self.previous.mkdir()
         except OSError as error:
             raise InputError(f"cannot write to {self.output_dir}: {error.strerror}") from error
-        try:
-            lock(self.lock)
-        except OSError:
-            self.lock.close()
-            raise InputError(f"{self.output_dir}: another export is writing there") from None
-        if self.journal.exists():
-            self.undo()
-        for path in self.folder.iterdir():
-            if path.name != "lock":
-                remove(path)
-        self.made.mkdir()
-        self.previous.mkdir()
         return self
 
     def __exit__(self, *_) -> None:
@@ -286,9 +291,12 @@ class Staging:
             for name in new:
                 os.replace(self.made / name, self.output_dir / name)
             self.journal.unlink()
-        except OSError as error:
-            self.undo()
-            raise InputError(f"cannot replace the results in {self.output_dir}: {error.strerror}") from error
+        except BaseException as error:
+            if self.journal.exists():
+                self.undo()
+            if isinstance(error, OSError):
+                raise InputError(f"cannot replace the results in {self.output_dir}: {error.strerror}") from error
+            raise
 
     def undo(self) -> None:
         moving = json.loads(self.journal.read_text(encoding="utf-8"))
@@ -341,21 +349,28 @@ def export(source: Source, formats: List[Format], output_dir: Path) -> List[dict
         needed, free = len(formats) * weights * 1.1 + 2**26, shutil.disk_usage(output_dir).free
         if free < needed:
             raise InputError(f"{output_dir}: {free / 1e6:.0f} MB are free, the export needs {needed / 1e6:.0f} MB")
+        expectation = write_expectation(source, staging.folder)
         rows: List[dict] = []
-        with ThreadPoolExecutor(1) as prover:  # one format is proven while the next is written
-            expectation = write_expectation(source, staging.folder)
-            proofs = []
-            for format in formats:
-                print(f"{format.name}: writing", file=sys.stderr, flush=True)
-                start = time.perf_counter()
-                format.write(source, staging.made / format.target)
-                proofs.append((prover.submit(prove, format, staging.folder, expectation), time.perf_counter() - start))
-            for format, (proof, seconds) in zip(formats, proofs, strict=True):
-                print(f"{format.name}: proving", file=sys.stderr, flush=True)
-                parts = (staging.made / name for name in (format.target, format.target + ".data"))
-                row = proof.result()
-                size = sum(size_of(part) for part in parts)
-                rows.append({**row, "seconds": round(row["seconds"] + seconds, 2), "bytes": size})
+        running = None
+        try:
+            for format in [*formats, None]:  # one format is proven while the next is written
+                if format:
+                    print(f"{format.name}: writing", file=sys.stderr, flush=True)
+                    start = time.perf_counter()
+                    format.write(source, staging.made / format.target)
+                    seconds = time.perf_counter() - start
+                if running:
+                    previous, probe, seconds_written = running
+                    row = judge(previous, probe, staging.folder, expectation)
+                    parts = (staging.made / name for name in (previous.target, previous.target + ".data"))
+                    rows.append({**row, "seconds": round(seconds_written + row["seconds"], 2),
+                                 "bytes": sum(size_of(part) for part in parts)})
+                    print(f"{previous.name}: {'FAILED' if row['problems'] else 'proven'}", file=sys.stderr, flush=True)
+                running = (format, start_probe(format, staging.folder), seconds) if format else None
+        finally:
+            if running:
+                running[1].kill()
+                running[1].wait()
         passed = not any(row["problems"] for row in rows)
         report = {"torch": torch.__version__, "passed": passed, "formats": rows}
         with writing(output_dir / "export_report.json"):

@@ -373,8 +373,7 @@ def write_transformers(source: Source, folder: Path) -> None:
     special = {"bos_token": None, "eos_token": im_end, "pad_token": end_of_text, "unk_token": None}
     documents = {
         "config.json": config,
-        "generation_config.json": {"bos_token_id": None, "eos_token_id": end_ids, "pad_token_id": pad_id,
-                                   "max_length": source.config.context_length},
+        "generation_config.json": {"bos_token_id": None, "eos_token_id": end_ids, "pad_token_id": pad_id},
         "special_tokens_map.json": {name: token for name, token in special.items() if token},
         "tokenizer_config.json": {
             # transformers would rebuild the tokenizer of its own Qwen2 class from any other name.
