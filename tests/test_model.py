@@ -235,6 +235,7 @@ def test_save_pretrained_reads_back_as_it_was(tmp_path, kind):
     (dict(n_head=True), "n_head must be int, not True"),
     (dict(n_kv_head=3), "n_head 4 must be a multiple of n_kv_head 3"),
     (dict(head_dim=7), "head_dim must be even"),
+    (dict(context_length=2**20, head_dim=2**10), "context_length 1048576 with head_dim 1024 is absurd"),
     (dict(norm_eps=float("nan")), "norm_eps nan"),
     (dict(colour="red"), "unknown key 'colour'"),
 ])
