@@ -65,7 +65,8 @@ class GPTConfig:
         if self.n_head % self.n_kv_head:
             raise InputError(f"model config: n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
         if self.context_length * self.head_dim > 2**26:  # the rotary tables would not be small any more
-            raise InputError(f"model config: context_length {self.context_length} with head_dim {self.head_dim} is absurd")
+            raise InputError(f"model config: context_length {self.context_length} with head_dim {self.head_dim} is "
+                             "absurd")
         if self.head_dim % 2:
             raise InputError(f"model config: head_dim must be even for rotary positions, not {self.head_dim}")
 
