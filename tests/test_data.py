@@ -92,7 +92,11 @@ def test_the_ids_agree_on_many_random_strings_of_any_characters(tokenizer, twin)
     ranges = [(0, 0x7F), (0x80, 0x2FF), (0x300, 0x36F), (0x600, 0x6FF), (0x2000, 0x206F), (0x3000, 0x30FF),
               (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x1F300, 0x1FAFF), (0, 0xD7FF)]
     texts = ["".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(1, 20))) for _ in range(5000)]
-    assert tokenizer.encode_batch(texts) == [encoding.ids for encoding in twin.encode_batch(texts)]
+    corpus = "".join(CORPUS)
+    texts += [corpus[start:start + rng.randint(1, 6)] for start in rng.choices(range(len(corpus)), k=3000)]
+    ids = tokenizer.encode_batch(texts)
+    assert ids == [encoding.ids for encoding in twin.encode_batch(texts)]
+    assert len({i for some in ids for i in some if i >= 256}) > 200  # so that a change of most merges is seen
 
 
 MESSAGES = st.lists(st.fixed_dictionaries({"role": st.sampled_from(data.ROLES), "content": TEXTS}), max_size=5)
@@ -204,6 +208,7 @@ def test_training_is_repeatable_and_259_is_the_byte_tokenizer(tokenizer):
     assert smallest.vocab_size == 259
     assert len(smallest.encode("你好")) == 6
     assert Tokenizer.train([], 5000).vocab_size == 259
+    assert Tokenizer.train(["abcd"], 5000).vocab_size == 259  # no pair stands there twice
 
 
 CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好\n吗？"},
