@@ -28,7 +28,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from data import StreamDecoder, Tokenizer, _byte_of_character, render_chat  # noqa: E402
+from data import StreamDecoder, Tokenizer, byte_of_character, render_chat  # noqa: E402
 from model import GPT, Checkpoint, Decoder, GPTConfig, InputError, sample  # noqa: E402
 
 STOPPED = "stopped"  # by Ctrl-C
@@ -149,7 +149,7 @@ def read_tokenizer_json(text: str, source: str) -> Tokenizer:
     """Our tokenizer from the tokenizer.json of an export; any other tokenizer.json is an InputError."""
     try:
         values = json.loads(text)
-        byte_of = _byte_of_character()
+        byte_of = byte_of_character()
         special_ids = {token["content"]: token["id"] for token in values["added_tokens"]}
         ranks = sorted((rank, bytes(byte_of[character] for character in token))
                        for token, rank in values["model"]["vocab"].items() if token not in special_ids)

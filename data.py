@@ -26,7 +26,7 @@ import uuid
 import zlib
 from array import array
 from bisect import bisect_left, bisect_right, insort
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -109,6 +109,22 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
         yield group
 
 
+def _alphabet(texts: list[str], room: int) -> list[str]:
+    """The commonest characters beyond ASCII that occur twice or more and whose bytes' merges fit `room` tokens."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    chosen, tokens = [], set()
+    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        spelt = character.encode()
+        if len(spelt) > 1:
+            tokens |= {spelt[:end] for end in range(2, len(spelt) + 1)}
+            if count < 2 or len(tokens) > room:
+                break
+            chosen.append(character)
+    return chosen
+
+
 class Tokenizer:
     """A byte-level BPE with three special tokens, held in a tiktoken.Encoding. Text never becomes a special token."""
 
@@ -138,19 +154,26 @@ class Tokenizer:
         smallest = 256 + len(SPECIAL_TOKENS)
         if not smallest <= vocab_size <= 1 << 20:
             raise InputError(f"vocab_size must be from {smallest} to {1 << 20}, not {vocab_size}")
-        trainable = Trainable(models.BPE())
-        trainable.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ])
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL_TOKENS), min_frequency=2, show_progress=False,
-                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
         # Merging inside one word costs its length each time: a word of megabytes would never end.
-        parts = (part for text in texts for segment in cut_text(clean_text(text)) for part in _cut_runs(segment))
-        trainable.train_from_iterator(parts, trainer)
-        to_byte = _byte_of_character()
-        ranks = {bytes(to_byte[c] for c in token): rank for token, rank in trainable.get_vocab().items()}
-        ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+        parts = [part for text in texts for segment in cut_text(clean_text(text)) for part in _cut_runs(segment)]
+        # Characters first, then what they make up. Left to itself, BPE spends a small vocabulary on the phrases of its
+        # corpus and leaves most Chinese characters in pieces: a name or a sentence unseen is then hard to read or copy.
+        alphabet = _alphabet(parts, (vocab_size - smallest) // 2)
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        for character in alphabet:
+            spelt = character.encode()
+            for end in range(2, len(spelt) + 1):
+                ranks.setdefault(spelt[:end], len(ranks))
+        uncovered = re.compile(rf"[^\x00-\x7f{re.escape(''.join(alphabet))}]+")
+        symbols = [*map(chr, range(128)), *alphabet]
+        trainable = Trainable(models.BPE())
+        trainable.pre_tokenizer = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+        trainer = trainers.BpeTrainer(
+            vocab_size=len(symbols) + vocab_size - len(SPECIAL_TOKENS) - len(ranks), min_frequency=2,
+            show_progress=False, initial_alphabet=symbols, limit_alphabet=len(symbols))
+        trainable.train_from_iterator((piece for part in parts for piece in uncovered.split(part)), trainer)
+        for token, _ in sorted(trainable.get_vocab().items(), key=lambda item: item[1]):
+            ranks.setdefault(token.encode(), len(ranks))
         return cls("trained", PATTERN, ranks, {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)})
 
     @classmethod
@@ -249,8 +272,8 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
 
-def _byte_of_character() -> dict[str, int]:
-    # The byte-level alphabet writes printable Latin-1 as itself and the other bytes as U+0100 onwards, in order.
+def byte_of_character() -> dict[str, int]:
+    """GPT-2's spelling of bytes as characters: printable Latin-1 as itself, the others as U+0100 onwards, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
@@ -832,7 +855,7 @@ def read_records(paths: Paths, report: ReadReport) -> Iterator[Record]:
 
 # ---------------------------------------------------------------------------------------------- prepared cache
 
-CACHE_VERSION = 1  # a change of what lies in the cache makes old ones unknown instead of wrong
+CACHE_VERSION = 2  # a change of what lies in the cache makes old ones unknown instead of wrong
 TEXT, CHAT = 0, 1
 ARRAYS = {"tokens.bin": None, "supervised.bin": np.uint8, "documents.bin": np.int64, "kinds.bin": np.uint8,
           "checksums.bin": np.uint32}
@@ -979,7 +1002,9 @@ def _sample_texts(files: list[Path], total: int, progress: Progress) -> Iterator
     for record in read_records(files, report):
         if progress:
             progress(report.bytes_read, total, "training the tokenizer")
-        for text in [record.text] if record.messages is None else [m["content"] for m in record.messages]:
+        # A role is a word of every turn: each should be one token.
+        messages = record.messages or [{"content": record.text}]
+        for text in (text for message in messages for text in message.values()):
             for segment in cut_text(text):
                 due += share * len(segment)
                 if due >= len(segment) * 0.999:

@@ -18,7 +18,7 @@ from typing import Callable, Dict, Iterator, List, Tuple
 import torch
 from torch import Tensor, nn
 
-from data import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, _byte_of_character
+from data import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, byte_of_character
 from model import GPT, Checkpoint, GPTConfig, InputError, build_model
 
 ONNX_OPSET = 20  # the newest that runtimes of 2024 read, and the oldest with all that is needed
@@ -206,7 +206,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
 
     Special tokens stand in the vocabulary too: that is what pins their ids where a named encoding has gaps.
     """
-    character = {byte: character for character, byte in _byte_of_character().items()}
+    character = {byte: character for character, byte in byte_of_character().items()}
 
     def spell(token: bytes) -> str:
         return "".join(character[byte] for byte in token)

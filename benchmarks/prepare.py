@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import PATTERN, ReadReport, Tokenizer, _byte_of_character, prepare, read_records  # noqa: E402
+from data import PATTERN, ReadReport, Tokenizer, byte_of_character, prepare, read_records  # noqa: E402
 
 LENGTHS = (2_000, 100_000)  # characters
 
@@ -30,7 +30,7 @@ def tokenizers_twin(tokenizer: Tokenizer):
     from tokenizers import Regex, models, pre_tokenizers
     from tokenizers import Tokenizer as Twin
 
-    spelling = {byte: character for character, byte in _byte_of_character().items()}
+    spelling = {byte: character for character, byte in byte_of_character().items()}
 
     def spelled(token: bytes) -> str:
         return "".join(spelling[byte] for byte in token)

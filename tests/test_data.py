@@ -56,16 +56,23 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def twin(tokenizer):
-    """The tokenizers library's own model, trained in the same way: not made from our ranks."""
-    from tokenizers import Regex, models, pre_tokenizers, trainers
+    """The same vocabulary in the tokenizers library: a token's merge joins the two that its own bytes end in."""
+    from tokenizers import Regex, models, pre_tokenizers
     from tokenizers import Tokenizer as Twin
 
-    twin = Twin(models.BPE())
+    spelling = {byte: character for character, byte in data.byte_of_character().items()}
+    merges = []
+    for token, rank in tokenizer.ranks.items():
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            ranks = [tokenizer.ranks.get(a + b, rank) for a, b in zip(parts[:-1], parts[1:], strict=True)]
+            first = ranks.index(min(ranks))
+            parts[first:first + 2] = [parts[first] + parts[first + 1]]
+        merges += [tuple("".join(spelling[byte] for byte in part) for part in parts)] if len(parts) == 2 else []
+    vocab = {"".join(spelling[byte] for byte in token): rank for token, rank in tokenizer.ranks.items()}
+    twin = Twin(models.BPE(vocab=vocab, merges=merges))
     twin.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(data.PATTERN), "isolated"),
                                                   pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    trainer = trainers.BpeTrainer(vocab_size=597, min_frequency=2, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    twin.train_from_iterator(CORPUS, trainer)
     return twin
 
 
@@ -83,7 +90,7 @@ QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthC
 
 @settings(max_examples=3000, deadline=None)
 @given(text=TEXTS)
-def test_tiktoken_gives_the_ids_of_the_library_that_trained_the_vocabulary(tokenizer, twin, text):
+def test_tiktoken_gives_the_ids_of_the_tokenizers_library(tokenizer, twin, text):
     assert tokenizer.encode(text) == twin.encode(data.clean_text(text)).ids
 
 
@@ -97,6 +104,23 @@ def test_the_ids_agree_on_many_random_strings_of_any_characters(tokenizer, twin)
     ids = tokenizer.encode_batch(texts)
     assert ids == [encoding.ids for encoding in twin.encode_batch(texts)]
     assert len({i for some in ids for i in some if i >= 256}) > 200  # so that a change of most merges is seen
+
+
+def test_characters_come_before_the_phrases_they_make_up():
+    """Plain BPE would spend these tokens on the sentence and leave its characters in pieces."""
+    sentence = "法国的首都是巴黎请问你知道吗"
+    small = Tokenizer.train([sentence] * 100 + ["Good day"] * 100 + ["独"], 259 + 2 * 40)
+    assert all(len(small.encode(character)) == 1 for character in sentence)
+    assert len(small.encode("独")) > 1  # seen once: not worth a token
+    assert len(small.encode(sentence)) < len(sentence) // 2
+    assert len(small.encode("Good day")) == 2
+
+
+def test_no_token_joins_what_stands_on_both_sides_of_a_character_without_one():
+    tokenizer = Tokenizer.train(["ab独cd"] * 50, 259 + 3)
+    assert {b"ab", b"cd"} <= tokenizer.ranks.keys()
+    assert b"abcd" not in tokenizer.ranks
+    assert b"bc" not in tokenizer.ranks
 
 
 MESSAGES = st.lists(st.fixed_dictionaries({"role": st.sampled_from(data.ROLES), "content": TEXTS}), max_size=5)
@@ -867,3 +891,11 @@ def test_the_masked_sample_shows_what_is_learnt(tokenizer, tmp_path):
     assert "".join(text for text, _ in sample).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
     assert masked_sample(prepare(tmp_path / "b.txt", tokenizer, None, tmp_path / "cache")) == [
         ("<|endoftext|>", False), ("plain text<|endoftext|>", True)]
+
+
+def test_each_role_is_one_token_of_a_tokenizer_trained_on_chats(tmp_path):
+    turns = [{"role": role, "content": "你好"} for role in ("system", "user", "assistant")]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": turns}, ensure_ascii=False) for _ in range(9)), encoding="utf-8")
+    tokenizer = prepare([str(path)], None, 320, tmp_path / "cache").tokenizer
+    assert all(len(tokenizer.encode(role)) == 1 for role in ("system", "user", "assistant"))
