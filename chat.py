@@ -277,6 +277,7 @@ def open_torchscript(path: Path, device: str) -> Runtime:
 def exported_config(text: str, source: str) -> GPTConfig:
     values = read_config(text, source)
     values.pop("model_type", None)
+    values.pop("chat", None)
     return GPTConfig.from_dict(values)
 
 

@@ -390,6 +390,7 @@ class GPT(nn.Module):
             raise InputError(f"{folder}: not a folder this project wrote ({error})") from error
         if not isinstance(values, dict) or values.pop("model_type", "gpt") != "gpt":  # the Hub's mixin writes none
             raise InputError(f"{folder}: config.json is not of this project (export.py --format huggingface writes it)")
+        values.pop("chat", None)  # for chat.py: whether there is a chat to be had with these weights
         config = GPTConfig.from_dict(values)
         if config.tie_embeddings and "lm_head.weight" in weights:  # the name the mixin keeps of a tied pair
             weights.setdefault("token_embedding.weight", weights.pop("lm_head.weight"))
