@@ -401,8 +401,8 @@ class Decoder:
     """Next-token logits of one sequence, the prompt in one call and then a token a call, over a KVCache.
 
     On a CPU in float32 a single token goes through NumPy, on the very weights and cache: torch's products of one row
-    stream the weights at half the speed of NumPy's, and its small operations cost three times as much. The plain form
-    is GPT.hidden, against which it is tested.
+    stream the weights at half the speed of NumPy's, and its small operations cost ten times as much. Each result goes
+    to a buffer made once. The plain form is GPT.hidden, against which it is tested.
     """
 
     def __init__(self, model: GPT, cache: KVCache):
@@ -415,59 +415,103 @@ class Decoder:
         def array(tensor: Tensor) -> np.ndarray:
             return tensor.detach().numpy()
 
+        def empty(*shape: int) -> np.ndarray:
+            return np.empty(shape, np.float32)
+
         c = model.config
-        self.layers = []
-        for block, keys, values in zip(model.blocks, cache.keys, cache.values, strict=True):
-            a, ffn, scales = block.attention, block.ffn, None
-            if c.qk_norm:
-                scales = np.repeat([array(a.q_norm.weight), array(a.k_norm.weight)], [c.n_head, c.n_kv_head], axis=0)
-            self.layers.append((array(block.attention_norm.weight), array(a.qkv.weight), scales, array(a.out.weight),
-                                array(block.ffn_norm.weight), array(ffn.gate_up.weight), array(ffn.down.weight),
-                                array(keys[0]), array(values[0])))
+        H, K, D = c.n_head, c.n_kv_head, c.head_dim
+        # All that q and k are multiplied with besides the rotary tables: attention's 1 / sqrt(D), and of their norm,
+        # x sqrt(D) / sqrt(x . x + D eps) scale, what stands above the line.
+        factors = np.ones((c.n_layer, H + K, D), np.float32)
+        factors[:, :H] *= D ** -0.5
+        if c.qk_norm:
+            for factor, block in zip(factors, model.blocks, strict=True):
+                factor[:H] *= array(block.attention.q_norm.weight) * D ** 0.5
+                factor[H:] *= array(block.attention.k_norm.weight) * D ** 0.5
+        self.factors = factors.reshape(c.n_layer, H + K, 2, D // 2)
+        self.swapped = self.factors[:, :, ::-1].copy()
         cos, sin = array(model.cos), array(model.sin)
         self.cos, self.sin = np.concatenate((cos, cos), 1), np.concatenate((-sin, sin), 1)  # (context, 2, D/2)
+        self.by_cos, self.by_sin = np.empty_like(self.factors), np.empty_like(self.factors)  # of this position
+        self.layers = [
+            (array(block.attention_norm.weight), array(block.attention.qkv.weight), by_cos, by_sin, array(keys[0]),
+             array(keys[0]).transpose(0, 2, 1), array(values[0]), array(block.attention.out.weight),
+             array(block.ffn_norm.weight), array(block.ffn.gate_up.weight), array(block.ffn.down.weight))
+            for block, by_cos, by_sin, keys, values in zip(model.blocks, self.by_cos, self.by_sin, cache.keys,
+                                                           cache.values, strict=True)]
         self.embedding, self.head = array(model.token_embedding.weight), array(model.lm_head.weight)
         self.final_norm = array(model.final_norm.weight)
+        self.x, self.normed, self.change = empty(c.d_model), empty(c.d_model), empty(c.d_model)
+        self.heads, self.length = empty((H + 2 * K) * D), empty(H + K)
+        self.rotated, self.crossed = empty(H + K, 2, D // 2), empty(H + K, 2, D // 2)
+        self.total, self.y = empty(K, H // K), empty(H * D)
+        self.hidden, self.gate, self.ones = empty(2 * c.d_ff), empty(c.d_ff), np.ones(cache.length(), np.float32)
+        # Arrays without dimensions, as NumPy takes a number twice as slowly.
+        self.one, self.scale, self.epsilon = np.array(1, np.float32), empty(), empty()
+        # Normed q and k bound the scores (Cauchy-Schwarz); below 60, exp needs no shift to stay within float32.
+        longest = np.abs(factors[:, :H]).max((1, 2)) * np.abs(factors[:, H:]).max((1, 2))
+        self.bounded = c.qk_norm and longest.max() < 60
 
-    @torch.inference_mode()
     def feed(self, ids: Sequence[int]) -> Tensor:
         """Logits (V,) of the token after `ids`, which follow what the cache holds."""
         if len(ids) == 1 and self.by_numpy:
             return torch.from_numpy(self.step(ids[0]))
-        input_ids = torch.tensor([ids], device=self.model.token_embedding.weight.device)
-        return self.model.lm_head(self.model.hidden(input_ids, self.cache)[0, -1])
+        with torch.inference_mode():
+            input_ids = torch.tensor([ids], device=self.model.token_embedding.weight.device)
+            return self.model.lm_head(self.model.hidden(input_ids, self.cache)[0, -1])
 
     def step(self, token: int) -> np.ndarray:
         """GPT.hidden and lm_head for one token of one sequence, (V,) float32."""
         c, position = self.model.config, self.cache.position
         assert position < self.cache.length()
         H, K, D, end = c.n_head, c.n_kv_head, c.head_dim, position + 1
-        cos, sin = self.cos[position], self.sin[position]
-        f32, eps = np.float32, np.float32(c.norm_eps)
+        x, normed, change, heads, rotated, crossed, length, total, y = (
+            self.x, self.normed, self.change, self.heads, self.rotated, self.crossed, self.length, self.total, self.y)
+        hidden, gate, one, scale, epsilon = self.hidden, self.gate, self.one, self.scale, self.epsilon
+        qk, halves = heads[:(H + K) * D].reshape(H + K, D), heads[:(H + K) * D].reshape(H + K, 2, D // 2)
+        swapped, v = halves[:, ::-1], heads[(H + K) * D:].reshape(K, D)
+        new = rotated.reshape(H + K, D)
+        q, k, per_head = new[:H].reshape(K, H // K, D), new[H:], y.reshape(K, H // K, D)
+        lengths, totals, ones = length[:, None], total[:, :, None], self.ones[:end]
+        gated, up = hidden[:c.d_ff], hidden[c.d_ff:]
 
-        def norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
-            return x * (scale * f32((x.dot(x) / f32(c.d_model) + eps) ** f32(-0.5)))
+        def square() -> float:
+            return float(x.dot(x)) / c.d_model + c.norm_eps
 
-        x = self.embedding[token]                                                      # (C,)
+        np.multiply(self.factors, self.cos[position], self.by_cos)
+        np.multiply(self.swapped, self.sin[position], self.by_sin)
+        x[:] = self.embedding[token]                                                   # (C,)
         with np.errstate(all="ignore"):  # exp(-gate) may be infinite, and the gate then closed
-            for attention_scale, qkv, scales, out, ffn_scale, gate_up, down, keys, values in self.layers:
-                heads = qkv.dot(norm(x, attention_scale)).reshape(H + 2 * K, D)
-                qk = heads[:H + K]
-                if scales is not None:
-                    qk = qk * scales * (np.add.reduce(qk * qk, 1, keepdims=True) / f32(D) + eps) ** f32(-0.5)
-                halves = qk.reshape(H + K, 2, D // 2)
-                qk = (halves * cos + halves[:, ::-1] * sin).reshape(H + K, D)
-                keys[:, position], values[:, position] = qk[H:], heads[H + K:]
-                q = (qk[:H] * f32(D ** -0.5)).reshape(K, H // K, D)
-                scores = q @ keys[:, :end].transpose(0, 2, 1)                          # (K, H/K, S)
-                scores = np.exp(scores - np.maximum.reduce(scores, 2, keepdims=True))
-                y = scores @ values[:, :end] / np.add.reduce(scores, 2, keepdims=True)  # (K, H/K, D)
-                x = x + out.dot(y.reshape(-1))
-                hidden = gate_up.dot(norm(x, ffn_scale))
-                gate = hidden[:c.d_ff]
-                x = x + down.dot(gate / (np.exp(-gate) + f32(1)) * hidden[c.d_ff:])
+            for (attention_norm, qkv, by_cos, by_sin, keys, keys_transposed, values, out, ffn_norm, gate_up,
+                 down) in self.layers:
+                # The norm's division waits until v is stored, and falls out of normed q and k but for their epsilon.
+                mean = square()
+                scale[()] = mean ** -0.5
+                qkv.dot(np.multiply(x, attention_norm, normed), heads)
+                np.add(np.multiply(halves, by_cos, rotated), np.multiply(swapped, by_sin, crossed), rotated)
+                if c.qk_norm:
+                    epsilon[()] = D * c.norm_eps * mean
+                    np.add(np.vecdot(qk, qk, length), epsilon, length)
+                    np.divide(new, np.sqrt(lengths, lengths), new)
+                else:
+                    np.multiply(new, scale, new)
+                keys[:, position] = k
+                np.multiply(v, scale, values[:, position])
+                scores = np.matmul(q, keys_transposed[:, :, :end])                     # (K, H/K, S)
+                if not self.bounded:
+                    np.subtract(scores, np.maximum.reduce(scores, 2, keepdims=True), scores)
+                np.exp(scores, scores)
+                np.vecdot(scores, ones, total)
+                np.divide(np.matmul(scores, values[:, :end], per_head), totals, per_head)
+                np.add(x, out.dot(y, change), x)
+                scale[()] = square() ** -0.5
+                gate_up.dot(np.multiply(np.multiply(x, ffn_norm, normed), scale, normed), hidden)
+                np.add(np.exp(np.negative(gated, gate), gate), one, gate)              # silu(g) = g / (1 + exp(-g))
+                np.multiply(np.divide(gated, gate, gate), up, gate)
+                np.add(x, down.dot(gate, change), x)
+            scale[()] = square() ** -0.5
             self.cache.position = end
-            return self.head.dot(norm(x, self.final_norm))
+            return self.head.dot(np.multiply(np.multiply(x, self.final_norm, normed), scale, normed))
 
 
 def sample(logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
