@@ -8,6 +8,7 @@ Writes checkpoints/best_model.pt (lowest validation loss), last.pt (to resume fr
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -17,10 +18,10 @@ import time
 import traceback
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Iterator, List, Optional
+from typing import Iterator, List, Optional, Union, get_args, get_origin
 
 # Before OpenMP loads: a thread that waits spins for some microseconds, then sleeps. On an idle machine steps of the
 # tiny preset were a third faster than with threads that sleep at once, and as fast as with ones that only spin; with
@@ -38,6 +39,7 @@ from model import GPT, IGNORE, Checkpoint, GPTConfig, InputError
 from optim import make_optimizers
 
 HERE = Path(__file__).resolve().parent
+OUTPUTS = ("best_model.pt", "last.pt", "metrics.jsonl", "loss.png")
 
 # A preset answers what the flags leave open. Sizes in parameters; the vocabulary follows from the data.
 PRESETS = {
@@ -154,11 +156,21 @@ def open_world(name: Optional[str]) -> Iterator[World]:
     if device.type == "cuda":
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    end_with_parent()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(device, rank, size)
     finally:
         dist.destroy_process_group()
+
+
+def end_with_parent() -> None:
+    """Asks Linux for a SIGTERM when torchrun dies: killed, it takes no process with it, and these would train on."""
+    if sys.platform == "linux":
+        import ctypes
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "prctl"):
+            libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def keep_freed_memory() -> None:
@@ -189,7 +201,21 @@ def lock(folder: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(f"--out_dir {folder}: another training run is writing there; choose another") from error
+        for name in OUTPUTS:  # what a run that was killed while it wrote has left
+            (folder / f"{name}.tmp").unlink(missing_ok=True)
         yield
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A file aside that takes the place of `path` once it is whole. What cannot be written is an InputError."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        yield aside
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 class Stop:
@@ -222,7 +248,7 @@ class LossModule(nn.Module):
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
-    if config.d_model % config.n_head:
+    if config.n_head < 1 or config.d_model % config.n_head:
         raise InputError(f"--d_model {config.d_model} must be a multiple of --n_head {config.n_head}")
     return GPTConfig(vocab_size=vocab_size, head_dim=config.d_model // config.n_head,
                      **{name: getattr(config, name) for name in ARCHITECTURE})
@@ -315,12 +341,14 @@ class Trainer:
         self.tokenizer = prepared.tokenizer
         self.train_rows = prepared.split("train", config.context_length, config.seed)
         self.val_rows = prepared.split("val", config.context_length, config.seed)
-        torch.manual_seed(config.seed)
-        wanted = model_config(config, self.tokenizer.vocab_size)
+        torch.manual_seed(config.seed % 2**63)
         if start is None:
-            self.model = GPT(wanted).to(world.device)
+            self.model = GPT(model_config(config, self.tokenizer.vocab_size)).to(world.device)
         else:
-            self.model = start.build_model().to(world.device)
+            if self.tokenizer.vocab_size > start.config.vocab_size:
+                raise InputError(f"the checkpoint is damaged: its tokenizer has {self.tokenizer.vocab_size} ids, its "
+                                 f"model {start.config.vocab_size}")
+            self.model = start.build_model().float().to(world.device)
             self.model.train()
         self.module: nn.Module = LossModule(self.model)
         if config.fsdp and world.size > 1:
@@ -344,7 +372,9 @@ class Trainer:
 
     def gradients(self, batch: Batch, parts: int) -> tuple[Tensor, Tensor]:
         """Leaves the gradient of the mean loss over the global batch; returns the summed loss, the targets in all."""
-        targets = self.world.sum((batch.targets >= 0).sum().to(self.world.device, torch.float32)).clamp(min=1)
+        # Filled on the device: copying a number there would make the host wait for all that is queued.
+        mine = torch.full((), int((batch.targets >= 0).sum()), dtype=torch.float32, device=self.world.device)
+        targets = self.world.sum(mine).clamp(min=1)
         total = torch.zeros((), device=self.world.device)
         chunks = [t.chunk(parts) for t in tensors(batch) if t is not None]
         pieces = [Batch(*(*piece, None)[:3]) for piece in zip(*chunks, strict=True)]
@@ -436,21 +466,31 @@ class Trainer:
                 "data": data_identity(self.prepared), "random_state": torch.get_rng_state(),
                 "optimizers": [whole(optimizer.state_dict()) for optimizer in self.optimizers]}
 
-    def restore(self, training: dict) -> None:
-        for optimizer, state in zip(self.optimizers, training["optimizers"], strict=True):
+    def restore(self, training: dict, path: Path) -> None:
+        """Takes over random state and moments; rates and decay are those of the settings, typed now perhaps."""
+        if training["data"] != data_identity(self.prepared):
+            raise InputError("--resume: the training data is not what it was; start anew with --init_from")
+        try:
+            self.restore_moments(training["optimizers"])
+            torch.set_rng_state(training["random_state"])
+        except Exception as error:  # whatever a damaged state makes torch raise
+            raise InputError(f"{path}: damaged, its training state does not fit ({type(error).__name__})") from error
+
+    def restore_moments(self, optimizers: List[dict]) -> None:
+        kinds = {"momentum"}, {"step", "exp_avg", "exp_avg_sq"}
+        for optimizer, saved, names in zip(self.optimizers, optimizers, kinds, strict=True):
+            groups = optimizer.state_dict()["param_groups"]
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for index, values in state["state"].items():
-                like = parameters[index]
+            state = {}
+            for index, like in enumerate(parameters):
+                values = state[index] = dict(saved["state"][index])
+                if values.keys() != names or any(values[name].shape != like.shape for name in names - {"step"}):
+                    raise ValueError(f"moments of parameter {index}")
                 if hasattr(like, "full_tensor"):
                     from torch.distributed.tensor import distribute_tensor
-                    for name, value in values.items():
-                        if value.shape == like.shape:
-                            values[name] = distribute_tensor(value, like.device_mesh, like.placements)
-            peaks = [group["peak_lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(state)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["peak_lr"] = peak  # a flag given with --resume wins
-        torch.set_rng_state(training["random_state"])
+                    for name in names - {"step"}:
+                        values[name] = distribute_tensor(values[name], like.device_mesh, like.placements)
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def data_identity(prepared: Prepared) -> list:
@@ -492,24 +532,46 @@ def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
             raise InputError(f"--{key} must be above 0, not {value}")
     if not 0 <= config.warmup < 1:
         raise InputError(f"--warmup must be from 0 to below 1, not {config.warmup}")
+    if not 0 <= config.weight_decay < math.inf:
+        raise InputError(f"--weight_decay must be 0 or above, not {config.weight_decay}")
+    model_config(config, vocab_size=1)  # refuses sizes that no model can have before the data is read
     return config
 
 
-def resumed(config: TrainConfig, typed: dict, path: Path) -> tuple[TrainConfig, Checkpoint]:
-    """The settings of the interrupted run, under those typed now; its checkpoint."""
+def fits(value, kind) -> bool:
+    """Whether a value from a file has the type of a field: bool, int, float, str, List or Optional of one."""
+    if get_origin(kind) is Union:
+        return any(fits(value, option) for option in get_args(kind))
+    if get_origin(kind) is list:
+        return type(value) is list and all(fits(item, get_args(kind)[0]) for item in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def from_saved(kind: type, values: object, path: Path):
+    """A TrainConfig or Progress from what last.pt holds of it; unknown names are left out, a wrong type: InputError."""
+    def sound(f) -> bool:
+        value, choices = values.get(f.name, f.default), f.metadata.get("choices")
+        return (fits(value, f.type) and (value is None or not choices or value in choices)
+                and (kind is TrainConfig or value >= 0))
+
+    if not isinstance(values, dict) or not all(map(sound, fields(kind))):
+        raise InputError(f"{path}: damaged, its {kind.__name__} is not one that train.py writes")
+    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+
+
+def resumed(config: TrainConfig, typed: dict, path: Path) -> tuple[TrainConfig, Progress, Checkpoint]:
+    """The settings of the interrupted run, under those typed now; how far it was; its checkpoint."""
     start = Checkpoint.load(path)
-    if not start.training or "optimizers" not in start.training:
+    state = start.training if isinstance(start.training, dict) else {}
+    if not state.keys() >= {"config", "progress", "data", "random_state", "optimizers"}:
         raise InputError(f"{path}: holds no training state; --resume wants last.pt, --init_from any checkpoint")
-    before = start.training["config"]
+    before = from_saved(TrainConfig, state["config"], path)
     for name in (*ARCHITECTURE, "preset", "tokenizer", "vocab_size", "seed", "data_path", "init_from"):
-        if name in typed and typed[name] != before[name]:
-            raise InputError(f"--{name} cannot change on --resume: it was {before[name]}, not {typed[name]}; "
+        if name in typed and typed[name] != getattr(before, name):
+            raise InputError(f"--{name} cannot change on --resume: it was {getattr(before, name)}, not {typed[name]}; "
                              "start a run of its own with --init_from")
-    known = {f.name for f in fields(TrainConfig)}
-    settings = {name: value for name, value in before.items() if name in known}
-    for name in ("device", "dtype", "compile", "out_dir", "resume"):  # of this start, not of the run
-        settings[name] = getattr(config, name)
-    return replace(TrainConfig(**settings), **typed), start
+    here = {name: getattr(config, name) for name in ("device", "dtype", "compile", "out_dir", "resume")}
+    return replace(before, **{**here, **typed}), from_saved(Progress, state["progress"], path), start
 
 
 def train(config: TrainConfig, typed: Optional[dict] = None) -> None:
@@ -518,24 +580,25 @@ def train(config: TrainConfig, typed: Optional[dict] = None) -> None:
     with open_world(config.device) as world:
         folder = Path(config.out_dir)
         with lock(folder) if world.first else nullcontext():
-            start = None
+            start = progress = None
             if config.resume:
-                config, start = resumed(config, typed or {}, folder / "last.pt")
+                config, progress, start = resumed(config, typed or {}, folder / "last.pt")
             elif config.init_from:
                 start = Checkpoint.load(config.init_from)
+            if start:
                 config = replace(config, **{name: getattr(start.config, name) for name in ARCHITECTURE})
             config = settle(config, world.device)
             prepared = read_data(config, world, start)
             trainer = Trainer(config, world, prepared, start)
-            progress = Progress(seconds=time.monotonic() - began)
-            if config.resume:
-                if data_identity(prepared) != start.training["data"]:
-                    raise InputError("--resume: the training data is not what it was; start anew with --init_from")
-                trainer.restore(start.training)
-                progress = Progress(**start.training["progress"])
-            elif world.first:
-                keep_previous(folder)
-            run(trainer, progress)
+            if progress:
+                trainer.restore(start.training, folder / "last.pt")
+            else:
+                progress = Progress(seconds=time.monotonic() - began)
+                if world.first:
+                    keep_previous(folder)
+            rows = trainer.train_rows
+            with closing(Batches(rows, config.batch_size, world, progress.epoch, progress.row)) as batches:
+                run(trainer, progress, batches)
 
 
 def read_data(config: TrainConfig, world: World, start: Optional[Checkpoint]) -> Prepared:
@@ -559,22 +622,29 @@ def read_data(config: TrainConfig, world: World, start: Optional[Checkpoint]) ->
 
 
 def keep_previous(folder: Path) -> None:
-    """A new run moves the last one's files into `previous/`, so that a forgotten --out_dir costs nothing."""
-    old = [folder / name for name in ("best_model.pt", "last.pt", "metrics.jsonl", "loss.png")]
-    if any(path.exists() for path in old):
-        (folder / "previous").mkdir(exist_ok=True)
-        for path in old:
-            (folder / "previous" / path.name).unlink(missing_ok=True)
-            if path.exists():
-                path.rename(folder / "previous" / path.name)
+    """A new run moves the last one's files into `previous/` (`previous_2/` ...), so that nothing is ever lost.
+
+    Only a run that saved a checkpoint is worth it: what else is there goes.
+    """
+    try:
+        if any((folder / name).exists() for name in OUTPUTS if name.endswith(".pt")):
+            names = itertools.chain(["previous"], (f"previous_{number}" for number in itertools.count(2)))
+            kept = next(folder / name for name in names if not (folder / name).exists())
+            kept.mkdir()
+            for name in OUTPUTS:
+                if (folder / name).exists():
+                    (folder / name).rename(kept / name)
+        for name in OUTPUTS:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot keep the files of the run before in {folder}: {error.strerror}") from error
 
 
-def run(trainer: Trainer, progress: Progress) -> None:
+def run(trainer: Trainer, progress: Progress, batches: Batches) -> None:
     """The loop, from the plan to the last checkpoint."""
     config, world, folder = trainer.config, trainer.world, trainer.folder
     say = tqdm.write if world.first else (lambda text: None)
     stop = Stop()
-    batches = Batches(trainer.train_rows, config.batch_size, world, progress.epoch, progress.row)
     plan(trainer, progress, batches, say)
     metrics = Metrics(trainer, progress)
     log_every = 1 if world.device.type == "cpu" else 10
@@ -584,40 +654,40 @@ def run(trainer: Trainer, progress: Progress) -> None:
     bar = tqdm(total=100, initial=100 * done, disable=not world.first, unit="%",
                bar_format="{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}")
     clock = time.monotonic() - progress.seconds
-    saved = time.monotonic()
+    saved, stopping = progress.seconds, 0
     loss_sum = torch.zeros(2, device=world.device)  # nats and targets since the last line of metrics
-    while done < 1:
-        batch, epoch, row, rows = batches.take()
-        total, targets = trainer.try_gradients(batch, progress)
-        found_inf = trainer.update(learning_rate(done, config.warmup))
-        skipped = torch.stack((skipped[0] + found_inf, (skipped[1] + 1) * found_inf))
-        loss_sum += torch.where(found_inf > 0, 0.0, torch.stack((world.sum(total), targets)))
-        progress.step, progress.epoch, progress.row = progress.step + 1, epoch, row
-        before = done
-        if progress.step % log_every == 0:  # the only place where the host waits for the device
-            progress.seconds, stop.signal = agree(world, time.monotonic() - clock, stop.signal)
-            metrics.step(progress, loss_sum, skipped, bar)
-        done = share_done(config, progress, rows)
-        bar.update(min(100.0, 100 * done) - bar.n)
-        interval = config.eval_interval
-        if done >= 1 or (progress.step % interval == 0 if interval else int(12 * done) > int(12 * before)):
-            loss, bits = trainer.evaluate()
-            metrics.evaluation(progress, rows, loss, bits, say)
-            saved = 0.0
-        if progress.skipped_in_a_row >= 20:
-            metrics.save("last.pt", progress)  # skipped steps changed nothing: these weights are the last good ones
-            raise InputError(f"the loss has been NaN or infinite for {progress.skipped_in_a_row} steps in a row; "
-                             f"{folder / 'last.pt'} holds the last good state; try half the --learning_rate")
-        if stop.signal or time.monotonic() - saved > 60:
-            metrics.save("last.pt", progress)
-            saved = time.monotonic()
-        if stop.signal:
-            bar.close()
-            say(f"stopped at step {progress.step}, all is saved; go on with: python train.py --resume"
-                + (f" --out_dir {folder}" if str(folder) != "checkpoints" else ""))
-            raise SystemExit(128 + stop.signal)
-    bar.close()
-    batches.close()
+    with bar:
+        while done < 1:
+            batch, epoch, row, rows = batches.take()
+            total, targets = trainer.try_gradients(batch, progress)
+            found_inf = trainer.update(learning_rate(done, config.warmup))
+            skipped = torch.stack((skipped[0] + found_inf, (skipped[1] + 1) * found_inf))
+            loss_sum += torch.where(found_inf > 0, 0.0, torch.stack((world.sum(total), targets)))
+            progress.step, progress.epoch, progress.row = progress.step + 1, epoch, row
+            before = done
+            if progress.step % log_every == 0:  # the only place where the host waits for the device
+                # What all agree on decides: a process alone in saving or stopping would wait for the others forever.
+                progress.seconds, stopping = agree(world, time.monotonic() - clock, stop.signal)
+                metrics.step(progress, loss_sum, skipped, bar)
+            done = share_done(config, progress, rows)
+            bar.update(min(100.0, 100 * done) - bar.n)
+            interval = config.eval_interval
+            if done >= 1 or (progress.step % interval == 0 if interval else int(12 * done) > int(12 * before)):
+                loss, bits = trainer.evaluate()
+                metrics.evaluation(progress, rows, loss, bits, say)
+                saved = progress.seconds
+            if progress.skipped_in_a_row >= 20:
+                metrics.save("last.pt", progress)  # skipped steps changed nothing: these weights are the last good ones
+                raise InputError(f"the loss has been NaN or infinite for {progress.skipped_in_a_row} steps in a row; "
+                                 f"{folder / 'last.pt'} holds the last good state; try half the --learning_rate")
+            if stopping or progress.seconds - saved > 60:
+                metrics.save("last.pt", progress)
+                saved = progress.seconds
+            if stopping:
+                bar.close()
+                say(f"stopped at step {progress.step}, all is saved; go on with: python train.py --resume"
+                    + (f" --out_dir {folder}" if str(folder) != "checkpoints" else ""))
+                raise SystemExit(128 + stopping)
     metrics.finish(progress, say)
 
 
@@ -654,7 +724,7 @@ def plan(trainer: Trainer, progress: Progress, batches: Batches, say) -> None:
     total = steps * config.epochs if config.epochs else math.inf
     needed = (total - progress.step) * seconds * 1.3  # the optimizers and the evaluations come on top
     budget = 60 * config.max_minutes - progress.seconds if config.max_minutes else math.inf
-    end = time.strftime("%H:%M", time.localtime(time.time() + min(needed, budget)))
+    end = time.strftime("%H:%M", time.localtime(time.time() + min(needed, budget, 1e11)))
     length = (f"{config.epochs:g} epochs, about {total:,.0f} steps" if needed < budget
               else f"{config.max_minutes:g} minutes")
     speed = min(config.batch_size, rows) * config.context_length / seconds
@@ -691,10 +761,8 @@ class Metrics:
             self.board = SummaryWriter(self.trainer.folder / "tensorboard", purge_step=progress.step)
 
     def write(self) -> None:
-        try:
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}") from error
+        with writing(self.path) as aside:
+            aside.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
 
     def log(self, line: dict) -> None:
         if not self.world.first:
@@ -703,11 +771,10 @@ class Metrics:
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            for name, value in line.items() if self.board else ():
+                self.board.add_scalar(name, value, line["step"])
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from error
-        if self.board:
-            for name, value in line.items():
-                self.board.add_scalar(name, value, line["step"])
 
     def step(self, progress: Progress, loss_sum: Tensor, skipped: Tensor, bar: tqdm) -> None:
         """Takes the sums over from the device and empties them."""
@@ -765,6 +832,8 @@ class Metrics:
         training = {"summary": self.summary} if name == "best_model.pt" else trainer.state(progress, self.summary)
         if self.world.first:
             Checkpoint(trainer.model.config, weights, trainer.tokenizer.to_dict(), training).save(trainer.folder / name)
+            if self.board:
+                self.board.flush()  # or a stopped run would lose the last two minutes
 
     def draw(self) -> None:
         """loss.png, where matplotlib is installed; metrics.jsonl has the figures in any case."""
@@ -785,7 +854,8 @@ class Metrics:
         axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
         axes.legend()
         axes.grid(alpha=0.3)
-        figure.savefig(self.trainer.folder / "loss.png")
+        with writing(self.trainer.folder / "loss.png") as aside:
+            figure.savefig(aside, format="png")
 
     def finish(self, progress: Progress, say) -> None:
         folder = self.trainer.folder
