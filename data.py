@@ -931,7 +931,7 @@ def prepare(paths: Paths, tokenizer: Union[Tokenizer, str, None], vocab_size: Op
     total = sum(path.stat().st_size for path in files)
     content = _fingerprint(files, total, progress)
     if tokenizer is None:
-        vocab_size = vocab_size or min(max(2 ** round(math.log2(math.sqrt(max(total, 1)))), 512), 32768)
+        vocab_size = vocab_size or min(max(2 ** round(1 + math.log2(max(total, 1)) / 2), 512), 32768)  # 2 sqrt(bytes)
         trained = cache_dir / f"{_key(content, PATTERN, vocab_size)}.json"
         tokenizer = _open_tokenizer(trained)
         if tokenizer is None:

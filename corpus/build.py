@@ -15,8 +15,8 @@ LANGUAGES = ("zh", "en")
 SKILLS = {"talk": "1 greetings", "facts": "2 facts", "math": "3 sums", "memory": "4 memory", "words": "5 words",
           "stories": "6 stories", "unknown": "7 not knowing"}
 # Conversations a file. Chinese comes first; a file stops earlier where its phrasings run out.
-SIZES = {"talk": (1150, 830), "facts": (2100, 1420), "math": (2100, 1350), "memory": (780, 540),
-         "words": (1700, 1200), "stories": (440, 300), "unknown": (1200, 850), "mixed": (820, 560)}
+SIZES = {"talk": (2200, 1450), "facts": (2250, 1520), "math": (3100, 2000), "memory": (660, 440),
+         "words": (2500, 1680), "stories": (370, 250), "unknown": (1250, 850), "mixed": (400, 270)}
 HELD_OUT_EACH = 72  # held-out items a skill and language
 OPTIONAL = re.compile(r"(\[[^\[\]]*\]|[\u4e00-\u9fff，“”])\?(?!$)")
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
@@ -99,10 +99,13 @@ def talk(rng: random.Random, language: str, held: bool = False, name: Optional[s
         if intent["heldout"] or not held:
             break
     text = expand(rng, phrase(rng, intent, held))
-    if language == "en" and not held and rng.random() < 0.2:
-        text = text.lower()
-    if not held and rng.random() < 0.15 and len(text) > 2:
-        text = text.rstrip("？。?.！!") or text
+    if not held:
+        if rng.random() < 0.12:
+            text = rng.choice(CHAT["callings"][language]).replace("{text}", text)
+        if language == "en" and rng.random() < 0.2:
+            text = text.lower()
+        if rng.random() < 0.2 and len(text) > 2:
+            text = text.rstrip("？。?.！!") or text
     return Turn(text, rng.choice(intent["answers"]), tuple(intent["keys"]))
 
 
@@ -289,9 +292,9 @@ def comparison(rng: random.Random, language: str, held: bool = False) -> Turn:
     if max(a, b) <= 9:
         reason = f"{a}{sign}{b}"
     elif a // 10 != b // 10:
-        reason = f"十位{a // 10}{sign}{b // 10}" if zh else f"Tens: {a // 10}{sign}{b // 10}"
+        reason = (f"十位{a // 10}{sign}{b // 10}，" if zh else f"Tens {a // 10}{sign}{b // 10}, ") + f"{a}{sign}{b}"
     else:
-        reason = f"十位相同，个位{a % 10}{sign}{b % 10}" if zh else f"Same tens, ones: {a % 10}{sign}{b % 10}"
+        reason = (f"个位{a % 10}{sign}{b % 10}，" if zh else f"Ones {a % 10}{sign}{b % 10}, ") + f"{a}{sign}{b}"
     if kind == "is_bigger":
         end = f"{a}比{b}{'小' if a < b else '大'}" if zh else f"{a} is {'smaller' if a < b else 'bigger'} than {b}"
         keys, match = (end,), "any"
@@ -350,7 +353,7 @@ def too_hard(rng: random.Random, language: str, held: bool = False) -> Turn:
 
 def math(rng: random.Random, language: str, held: bool = False) -> Turn:
     """One of the kinds of exercises."""
-    kinds, weights = [arithmetic, comparison, counting, calendar, too_hard], [11, 4, 3, 2, 0.6]
+    kinds, weights = [arithmetic, comparison, counting, calendar, too_hard], [22, 5, 4, 3, 0.6]
     return rng.choices(kinds[:4] if held else kinds, weights[:4] if held else weights)[0](rng, language, held)
 
 
@@ -421,7 +424,8 @@ def draw_fact(rng: random.Random, language: str, kind: str, held: bool) -> Fact:
 
 def tell(rng: random.Random, language: str, told: list[Fact], held: bool) -> tuple[str, str]:
     """What the user says to tell one fact or several at once, and the assistant's word that it has taken note."""
-    texts = [expand(rng, rng.choice(fact.bank["heldout_tell" if held else "tell"]), **fact.words) for fact in told]
+    texts = [expand(rng, rng.choice(fact.bank["heldout_tell" if held else "tell"]), **fact.words).strip()
+             for fact in told]
     if told[0].kind == "name" and len(told) == 1 and not held and rng.random() < 0.15:
         bank, words = told[0].bank, told[0].words
         return expand(rng, rng.choice(bank["tell_and_ask"]), **words), expand(rng, bank["said_back"], **words)
@@ -471,7 +475,7 @@ def memory(rng: random.Random, language: str, held: bool = False) -> tuple[list[
                           else f"All right, I will remember that your name is {fact.words['v']}."))
     turns += [any_turn(rng, language) for _ in range(rng.choice([0, 0, 1, 1, 2]))]
     asked = rng.sample(told, len(told))
-    if rng.random() < 0.12:
+    if rng.random() < 0.2:
         others = [kind for kind in dict.fromkeys(KINDS) if kind not in kinds]
         return turns, recall(rng, language, draw_fact(rng, language, rng.choice(others), held), held, known=False)
     turns += [recall(rng, language, fact, False) for fact in asked[1:] if rng.random() < 0.5]
@@ -484,6 +488,7 @@ def memory(rng: random.Random, language: str, held: bool = False) -> tuple[list[
 WORDS = BANKS["words"]
 PAIRS = [tuple(pair.split(" ")) for pair in WORDS["pairs"].split("|")]
 SPELLED = list(dict.fromkeys([e for _, e in PAIRS] + WORDS["spell_only"].split()))
+CHARACTERS = sorted({character for zh_word, _ in PAIRS for character in zh_word} | set(GIVEN))
 
 
 def translation(rng: random.Random, language: str, held: bool = False) -> Turn:
@@ -505,19 +510,41 @@ def spelling(rng: random.Random, language: str, held: bool = False) -> Turn:
     return Turn(spoken(rng, text, language, held), expand(rng, bank["answer"], e=word, s=spelled), (spelled,))
 
 
+HELD_SENTENCES = {language: WORDS["held_sentences"][language].split("|") for language in LANGUAGES}
+
+
+def sentence(rng: random.Random, language: str) -> str:
+    """A plain sentence of words drawn from the bank, none of those held out."""
+    bank = WORDS["parts"][language]
+    while True:
+        text = expand(rng, rng.choice(bank["forms"]))
+        while "{" in text:
+            text = re.sub(r"\{(\w+)\}", lambda m: rng.choice(
+                [pair[language == "en"] for pair in PAIRS] if m[1] == "noun" else bank[m[1]].split("|")), text, count=1)
+        if text not in HELD_SENTENCES[language]:
+            return re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+
 def repeating(rng: random.Random, language: str, held: bool = False) -> Turn:
-    """A text to be said again, to the letter."""
-    form = rng.random()
-    if held or form < 0.2:
-        text = rng.choice(WORDS["held_sentences" if held else "sentences"][language].split("|"))
-    elif form < 0.75:
-        pool = [pair[language == "en"] for pair in PAIRS] + (GIVEN if language == "zh" else SPELLED)
-        text = (rng.choice(["", "、", "，", " "]) if language == "zh" else rng.choice([" ", " ", ", "])).join(
-            rng.choices(pool, k=rng.randint(1, 5)))
-    elif form < 0.87:
-        text = draw_fact(rng, language, "name", False).words["v"]
+    """A text to be said again, to the letter: a sentence, some words, a name, or numbers."""
+    form, zh = rng.random(), language == "zh"
+    if held:
+        text = rng.choice(HELD_SENTENCES[language])
+    elif form < 0.07:
+        text = rng.choice(WORDS["sentences"][language].split("|"))
+    elif form < 0.4:
+        text = ("，" if zh else ", ").join(sentence(rng, language) for _ in range(rng.choice([1, 1, 1, 2])))
+    elif form < 0.62:
+        pool = [pair[not zh] for pair in PAIRS] + ([] if zh else SPELLED)
+        text = (rng.choice(["", "、", "，", " "]) if zh else rng.choice([" ", " ", ", "])).join(
+            rng.choices(pool, k=rng.randint(1, 8)))
+    elif zh and form < 0.82:
+        text = "".join(rng.choices(CHARACTERS, k=rng.randint(2, 12)))
+    elif form < 0.93:
+        names = [draw_fact(rng, language, "name", False).words["v"] for _ in range(rng.choice([1, 1, 2, 3]))]
+        text = ("、" if zh else ", ").join(names)
     else:
-        text = " ".join(str(rng.randint(0, 99)) for _ in range(rng.randint(1, 5)))
+        text = " ".join(str(rng.randint(0, 99)) for _ in range(rng.randint(1, 7)))
     ask = expand(rng, phrase(rng, WORDS["repeat"][language], held and rng.random() < 0.6), t=text)
     if "“" in ask and not ask.endswith("”"):
         ask += "”"
@@ -526,7 +553,7 @@ def repeating(rng: random.Random, language: str, held: bool = False) -> Turn:
 
 def words(rng: random.Random, language: str, held: bool = False) -> Turn:
     """One of the kinds of exercises with words."""
-    return rng.choices([translation, spelling, repeating], [9, 6, 8])[0](rng, language, held)
+    return rng.choices([translation, spelling, repeating], [7, 6, 15])[0](rng, language, held)
 
 
 # ---------------------------------------------------------------------------------------------------- 6 stories
@@ -582,7 +609,7 @@ def unknown(rng: random.Random, language: str, held: bool = False) -> Turn:
         new_noun, new_words = rng.choice([(True, True), (True, False), (False, True)]) if held else (False, False)
         noun = rng.choice(group["held" if new_noun else "nouns"].split("|"))
         text = expand(rng, phrase(rng, group, new_words), x=noun)
-    answer = rng.choice(UNKNOWN["answer"][language])
+    answer = UNKNOWN["answer"][language]
     return Turn(spoken(rng, capital(text), language, held), answer, DO_NOT_KNOW[language])
 
 
@@ -595,7 +622,7 @@ SINGLE: dict[str, Callable[..., Turn]] = {"talk": talk, "facts": facts, "math": 
 
 def any_turn(rng: random.Random, language: str) -> Turn:
     """A turn of any skill that needs no memory, small talk and facts most."""
-    kind = rng.choices(list(SINGLE), [4, 5, 5, 3, 0.7, 3])[0]
+    kind = rng.choices(list(SINGLE), [4, 5, 6, 4, 0.5, 2])[0]
     return SINGLE[kind](rng, language)
 
 
@@ -682,7 +709,8 @@ def build(out: Path) -> dict[str, int]:
     items = list(held_out(random.Random("heldout")))
     files: dict[str, list[str]] = {"heldout.jsonl": [json.dumps(item, ensure_ascii=False) for item, _ in items]}
     for name, conversation in training({normalised(user) for _, user in items}):
-        files.setdefault(name, []).append(json.dumps({"messages": conversation}, ensure_ascii=False))
+        files.setdefault(name, []).append(
+            json.dumps({"messages": conversation}, ensure_ascii=False, separators=(",", ":")))
     out.mkdir(parents=True, exist_ok=True)
     for name, lines in files.items():
         (out / name).write_bytes(("\n".join(lines) + "\n").encode())
