@@ -564,8 +564,16 @@ def build_model(config: GPTConfig, weights: Dict[str, Tensor], source: str) -> G
         if name not in weights or name not in expected:
             raise InputError(f"{source}: {'missing' if name not in weights else 'unknown'} weight {name:.80}")
         shape = expected[name].shape
-        if not isinstance(weights[name], Tensor) or weights[name].shape != shape:
+        tensor = weights[name]
+        if not isinstance(tensor, Tensor) or tensor.shape != shape:
             raise InputError(f"{source}: weight {name} does not have the shape {tuple(shape)} of its config")
+        plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_neg()
+        if not (plain and tensor.is_floating_point() and tensor.is_contiguous()):
+            raise InputError(f"{source}: weight {name} is not a plain tensor of floating-point numbers")
+    # The one memory that a small file could ask for without holding it: keys and values of the whole context.
+    cache = config.n_layer * config.n_kv_head * config.head_dim * config.context_length
+    if cache > 2**26 + 64 * config.parameter_count():
+        raise InputError(f"{source}: a context of {config.context_length} tokens is absurd for its weights")
     model.load_state_dict(weights, strict=not config.tie_embeddings, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.token_embedding.weight

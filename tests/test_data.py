@@ -515,6 +515,18 @@ def test_no_bytes_make_a_reader_raise_anything_but_one_line(tmp_path, content, s
         text.encode()
 
 
+def test_no_generated_file_brings_the_readers_or_the_openers_down():
+    """A small run of benchmarks/fuzz.py, which says what is asked of each case and runs ten thousand of them."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import fuzz
+
+    kinds = [kind for kind in fuzz.KINDS if kind not in ("transformers", "TorchScript", "ONNX")]  # take long to load
+    outcomes = fuzz.run_cases(fuzz.plan(400, kinds), seed=0, sizes=(0.2, 5000), quiet=True)
+    print(fuzz.table(outcomes))
+    assert [(kind, number, outcome.failure) for kind, found in outcomes.items() for number, outcome in found
+            if outcome.failure] == []
+
+
 def test_a_zip_bomb_is_refused_before_it_fills_memory(tmp_path):
     with gzip.open(tmp_path / "a.txt.gz", "wb") as file:
         for _ in range(100):
