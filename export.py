@@ -46,8 +46,14 @@ ENGLISH = "Hello! Could you tell me what the capital of France is? The quick bro
 
 # Runs alone: python -I, in a folder that holds nothing but exported_models/ and what is expected of it.
 PROBE = """
-import json, sys, time
+import json, os, sys, threading, time
 start = time.perf_counter()
+
+def end_with_the_export():
+    os.read(0, 1)
+    os._exit(1)
+
+threading.Thread(target=end_with_the_export, daemon=True).start()
 sys.path += {path!r}
 {snippet}
 import numpy as np
@@ -167,13 +173,16 @@ def write_expectation(source: Source, folder: Path) -> Expectation:
 
 
 def start_probe(format: Format, folder: Path) -> subprocess.Popen:
-    """Runs the format's probe in a fresh interpreter, in the folder that write_expectation wrote to."""
+    """Runs the format's probe in a fresh interpreter, in the folder that write_expectation wrote to.
+
+    It ends when its standard input does: with this process, however that ends.
+    """
     path = [str(Path(__file__).resolve().parent)] if format.uses_project else []
     code = PROBE.format(path=path, snippet=format.snippet, probe=format.probe)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(folder / f"{format.name}.out", "wb") as out, open(folder / f"{format.name}.err", "wb") as err:
         return subprocess.Popen([sys.executable, "-I", "-X", "utf8", "-c", code], cwd=folder, env=environment,
-                                stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+                                stdin=subprocess.PIPE, stdout=out, stderr=err)
 
 
 def judge(format: Format, probe: subprocess.Popen, folder: Path, expectation: Expectation) -> dict:

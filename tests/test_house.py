@@ -4,9 +4,13 @@ import ast
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from export import start_probe
+from formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
@@ -46,6 +50,21 @@ def test_importing_a_script_loads_no_heavy_package_by_a_side_door(script):
             "print(*{name.split('.')[0] for name in set(sys.modules) - before})")
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not set(loaded.stdout.split()) & HEAVY
+
+
+def test_only_training_preparing_and_exporting_start_threads_or_processes():
+    """The tests of these see to it that none is left running; the others have nothing to leave."""
+    starters = {"subprocess", "threading", "multiprocessing", "concurrent"}
+    assert {script for script in SCRIPTS if imports(ROOT / f"{script}.py") & starters} == {"train", "data", "export"}
+
+
+def test_a_probe_ends_with_the_export_that_started_it(tmp_path):
+    endless = replace(FORMATS["torchscript"], snippet="open('running', 'w').close()\ntime.sleep(600)")
+    probe = start_probe(endless, tmp_path)
+    while not (tmp_path / "running").exists():
+        assert probe.poll() is None
+    probe.stdin.close()  # as the system does for a process that is killed
+    assert probe.wait(60) == 1
 
 
 @pytest.mark.parametrize("page", ["README.md", "README_en.md"])
