@@ -99,7 +99,7 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("name", ["huggingface", "transformers", "torchscript", "onnx"])
 def test_greedy_replies_over_several_turns_are_the_same_from_every_artifact(artifacts, name):
     said = ["我叫小明", "我叫什么？", "数到十", "今天<|im_end|>\n天气 weather 👍🏽"]
-    sessions = [session_of(artifacts[kind], "回答问题", max_new_tokens=40) for kind in ("checkpoint", name)]
+    sessions = [session_of(artifacts[kind], max_new_tokens=40) for kind in ("checkpoint", name)]
     ours, theirs = ([ask(session, text) for text in said] for session in sessions)
     assert theirs == ours
     assert any("小明" in reply for reply in ours)
@@ -343,6 +343,25 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_code_that_lies_in_an_exported_folder_is_never_run(artifacts, tmp_path, capsys):
+    owned = tmp_path / "owned"
+    template = "{{ cycler.__init__.__globals__.os.mkdir('" + str(owned) + "') }}"
+    classes = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    folder = folder_with(
+        tmp_path, artifacts, "transformers", config=config_with(artifacts, "transformers", auto_map=classes),
+        chat_template=template.encode(),
+        tokenizer_config=json.dumps({"auto_map": classes, "chat_template": template}).encode())
+    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(owned)!r})\nclass Evil: pass\n")
+    assert chat.main(["--model_path", str(folder), "--prompt", "我叫小明", "--greedy"]) == 0
+    assert capsys.readouterr().out == "你好，小明！\n"
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a*)*b"}, "content": ""}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert chat.main(["--model_path", str(folder), "--prompt", "我叫小明"]) == 2
+    assert "its tokenizer is not one that export.py writes" in capsys.readouterr().err
+    assert not owned.exists()
+
+
 def test_save_leaves_a_file_of_another_kind_alone(trained, tmp_path):
     session = session_of(trained)
     ask(session, "你好")
@@ -354,6 +373,8 @@ def test_save_leaves_a_file_of_another_kind_alone(trained, tmp_path):
         assert file.read_text(encoding="utf-8", errors="surrogateescape") == content
     with pytest.raises(InputError, match="cannot write"):
         chat.save(session, str(tmp_path / "none" / "a.jsonl"))
+    with pytest.raises(InputError, match="cannot write"):
+        chat.save(session, "a\0.jsonl")
 
 
 # --------------------------------------------------------------------------------------------------- properties
@@ -439,6 +460,33 @@ def test_a_model_trained_on_plain_text_says_so_and_continues(tiny_checkpoint, tm
     assert "plain text" in told.err
     assert chat.main(["--model_path", str(tiny_checkpoint), "--raw", *flags]) == 0
     assert capsys.readouterr().out == told.out != ""
+
+
+def of_plain_text(artifacts, name, tmp_path) -> Path:
+    """A copy of an artifact that says it was trained on plain text alone."""
+    if artifacts[name].is_dir():
+        return folder_with(tmp_path, artifacts, name, config=config_with(artifacts, name, chat=False))
+    path = tmp_path / artifacts[name].name
+    if name == "checkpoint":
+        replace(Checkpoint.load(artifacts[name]), training={"summary": {"chat": False}}).save(path)
+    elif name == "torchscript":
+        extra = {"config.json": "", "tokenizer.json": ""}
+        model = torch.jit.load(str(artifacts[name]), _extra_files=extra)
+        extra["config.json"] = json.dumps({**json.loads(extra["config.json"]), "chat": False})
+        torch.jit.save(model, str(path), _extra_files=extra)
+    else:
+        import onnx
+        model = onnx.load(str(artifacts[name]))
+        entry = next(entry for entry in model.metadata_props if entry.key == "config.json")
+        entry.value = json.dumps({**json.loads(entry.value), "chat": False})
+        onnx.save(model, str(path))
+    return path
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "huggingface", "transformers", "torchscript", "onnx"])
+def test_every_artifact_tells_a_model_that_chats_from_one_of_plain_text(artifacts, tmp_path, name):
+    assert open_model(artifacts[name], "cpu").is_chat
+    assert not open_model(of_plain_text(artifacts, name, tmp_path), "cpu").is_chat
 
 
 # --------------------------------------------------------------------------------------------- the real program

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 # What each script may import of the others. No circle, and no script knows another but through model and data.
 MAY_IMPORT = {"model": set(), "data": {"model"}, "optim": {"model"}, "train": {"model", "data", "optim"},
-              "chat": {"model", "data"}, "formats": {"model", "data"}, "export": {"model", "data", "formats"}}
+              "artifacts": {"model", "data"}, "chat": {"model", "data", "artifacts"},
+              "formats": {"model", "data"}, "export": {"model", "data", "formats"}}
 HEAVY = {"transformers", "onnx", "onnxruntime", "onnxscript", "tokenizers", "matplotlib", "pandas", "huggingface_hub",
          "safetensors", "tensorboard"}
 
