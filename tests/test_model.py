@@ -197,6 +197,29 @@ def test_a_sampled_id_is_among_the_top_k_and_the_top_p(seed, top_k, top_p, tempe
     assert probability[probability > probability[choice]].sum() < top_p + 1e-5
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (4, 1.0), (0, 0.8), (5, 0.9), (0, 0.0)])
+def test_ids_are_drawn_as_often_as_their_share_of_what_is_kept(top_k, top_p):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.5, 2.0, -1.0, 1.0, -math.inf, 1.5, 0.0, -0.5])
+    share = (logits / 0.8).softmax(-1)
+    order = share.argsort(descending=True)
+    kept = order[:top_k or len(order)]
+    share[order[len(kept):]] = 0
+    before = (share[kept].cumsum(0) - share[kept]) / share.sum()
+    share[kept[(before >= top_p) & (before > 0)]] = 0
+    share /= share.sum()
+    draws = 4000
+    counts = torch.zeros(8)
+    for _ in range(draws):
+        counts[sample(logits, 0.8, top_k, top_p, generator=generator)] += 1
+    assert ((counts / draws - share).abs() <= 5 * (share * (1 - share) / draws).sqrt()).all()
+
+
+def test_a_damaged_model_is_told_when_an_id_is_drawn():
+    with pytest.raises(InputError, match="not a number"):
+        sample(torch.tensor([1.0, math.nan, 2.0]), 0.7)
+
+
 def test_the_repetition_penalty_lowers_ids_already_seen():
     logits = torch.tensor([2.0, 1.9, -1.0])
     assert sample(logits) == 0
