@@ -12,6 +12,7 @@ import json
 import math
 import os
 import select
+import signal
 import sys
 import time
 import traceback
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Callable, List, Optional
 
+if __name__ == "__main__":  # Ctrl-C in the second that the imports take is no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 # Read when NumPy is loaded. Two threads win a third on an idle machine and lose tenfold where another program runs.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -472,6 +475,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # Chinese also where the system's encoding is another
         stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     sys.exit(main())

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -510,6 +511,17 @@ def test_a_reader_that_leaves_early_is_no_error(tiny_checkpoint):
                           shell=True, capture_output=True, timeout=60)
     assert len(done.stdout) == 9
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="sees in /proc that the program is starting: Linux")
+def test_ctrl_c_while_the_program_starts_ends_it_without_a_word(trained):
+    child = subprocess.Popen([sys.executable, str(ROOT / "chat.py"), "--model_path", str(trained)],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while "libtorch" not in Path(f"/proc/{child.pid}/maps").read_text():
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=60) == (b"", b"")
+    assert child.returncode == -signal.SIGINT
 
 
 @pytest.fixture
