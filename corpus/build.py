@@ -15,8 +15,8 @@ LANGUAGES = ("zh", "en")
 SKILLS = {"talk": "1 greetings", "facts": "2 facts", "math": "3 sums", "memory": "4 memory", "words": "5 words",
           "stories": "6 stories", "unknown": "7 not knowing"}
 # Conversations a file. Chinese comes first; a file stops earlier where its phrasings run out.
-SIZES = {"talk": (2200, 1450), "facts": (2250, 1520), "math": (3100, 2000), "memory": (660, 440),
-         "words": (2500, 1680), "stories": (370, 250), "unknown": (1250, 850), "mixed": (400, 270)}
+SIZES = {"talk": (1950, 1600), "facts": (2050, 1750), "math": (2700, 2250), "memory": (980, 790),
+         "words": (2100, 1750), "stories": (330, 270), "unknown": (1080, 900), "mixed": (240, 185)}
 HELD_OUT_EACH = 72  # held-out items a skill and language
 OPTIONAL = re.compile(r"(\[[^\[\]]*\]|[\u4e00-\u9fff，“”])\?(?!$)")
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
@@ -50,7 +50,7 @@ def expand(rng: random.Random, template: str, **values: object) -> str:
     template = re.sub(r"((.)[不没]\2.*)吗(?=[？?]?$)", r"\1", template)
     for name, value in values.items():
         template = template.replace("{" + name + "}", str(value))
-    return template
+    return template.strip()
 
 
 def capital(text: str) -> str:
@@ -424,8 +424,7 @@ def draw_fact(rng: random.Random, language: str, kind: str, held: bool) -> Fact:
 
 def tell(rng: random.Random, language: str, told: list[Fact], held: bool) -> tuple[str, str]:
     """What the user says to tell one fact or several at once, and the assistant's word that it has taken note."""
-    texts = [expand(rng, rng.choice(fact.bank["heldout_tell" if held else "tell"]), **fact.words).strip()
-             for fact in told]
+    texts = [expand(rng, rng.choice(fact.bank["heldout_tell" if held else "tell"]), **fact.words) for fact in told]
     if told[0].kind == "name" and len(told) == 1 and not held and rng.random() < 0.15:
         bank, words = told[0].bank, told[0].words
         return expand(rng, rng.choice(bank["tell_and_ask"]), **words), expand(rng, bank["said_back"], **words)
@@ -466,16 +465,16 @@ def memory(rng: random.Random, language: str, held: bool = False) -> tuple[list[
     else:
         for fact in told:
             turns.append(Turn(*tell(rng, language, [fact], new_words)))
-            if rng.random() < 0.15:
+            if rng.random() < 0.1:
                 turns.append(any_turn(rng, language))
     if "name" in kinds and not held and rng.random() < 0.1:
         told[kinds.index("name")] = fact = draw_fact(rng, language, "name", False)
         text = expand(rng, rng.choice(MEMORY["correct"][language]), **fact.words)
         turns.append(Turn(text, f"好的，我记住了，你叫{fact.words['v']}。" if language == "zh"
                           else f"All right, I will remember that your name is {fact.words['v']}."))
-    turns += [any_turn(rng, language) for _ in range(rng.choice([0, 0, 1, 1, 2]))]
+    turns += [any_turn(rng, language) for _ in range(rng.choice([0, 0, 0, 1, 1]))]
     asked = rng.sample(told, len(told))
-    if rng.random() < 0.2:
+    if rng.random() < 0.15:
         others = [kind for kind in dict.fromkeys(KINDS) if kind not in kinds]
         return turns, recall(rng, language, draw_fact(rng, language, rng.choice(others), held), held, known=False)
     turns += [recall(rng, language, fact, False) for fact in asked[1:] if rng.random() < 0.5]
@@ -532,19 +531,19 @@ def repeating(rng: random.Random, language: str, held: bool = False) -> Turn:
         text = rng.choice(HELD_SENTENCES[language])
     elif form < 0.07:
         text = rng.choice(WORDS["sentences"][language].split("|"))
-    elif form < 0.4:
-        text = ("，" if zh else ", ").join(sentence(rng, language) for _ in range(rng.choice([1, 1, 1, 2])))
-    elif form < 0.62:
+    elif form < 0.5:
+        text = sentence(rng, language)
+    elif form < 0.75:
         pool = [pair[not zh] for pair in PAIRS] + ([] if zh else SPELLED)
         text = (rng.choice(["", "、", "，", " "]) if zh else rng.choice([" ", " ", ", "])).join(
-            rng.choices(pool, k=rng.randint(1, 8)))
-    elif zh and form < 0.82:
-        text = "".join(rng.choices(CHARACTERS, k=rng.randint(2, 12)))
+            rng.choices(pool, k=rng.randint(1, 5)))
+    elif zh and form < 0.86:
+        text = "".join(rng.choices(CHARACTERS, k=rng.randint(2, 6)))
     elif form < 0.93:
-        names = [draw_fact(rng, language, "name", False).words["v"] for _ in range(rng.choice([1, 1, 2, 3]))]
+        names = [draw_fact(rng, language, "name", False).words["v"] for _ in range(rng.choice([1, 1, 2]))]
         text = ("、" if zh else ", ").join(names)
     else:
-        text = " ".join(str(rng.randint(0, 99)) for _ in range(rng.randint(1, 7)))
+        text = " ".join(str(rng.randint(0, 99)) for _ in range(rng.randint(1, 5)))
     ask = expand(rng, phrase(rng, WORDS["repeat"][language], held and rng.random() < 0.6), t=text)
     if "“" in ask and not ask.endswith("”"):
         ask += "”"
