@@ -5,13 +5,21 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import fields
+import uuid
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Iterator, Optional
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import given
@@ -73,6 +81,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+DRAW = train.Metrics.draw
+
+
+@pytest.fixture(autouse=True)
+def no_drawing(monkeypatch):
+    """The loss curve after each evaluation would take most of the time of runs this short."""
+    monkeypatch.setattr(train.Metrics, "draw", lambda self: None)
+
+
 @pytest.fixture(autouse=True)
 def keep_signals():
     """train() takes over Ctrl-C and SIGTERM for good; the tests' process wants them back."""
@@ -80,6 +97,96 @@ def keep_signals():
     yield
     for number, handler in kept:
         signal.signal(number, handler)
+
+
+# Has everything loaded and forks a process for each request: a run then starts in a tenth of the time.
+NURSERY = f"""
+import json, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import tokenizers, torch.distributed.fsdp, train
+train.Metrics.draw = lambda self: None
+for line in sys.stdin:
+    request = json.loads(line)
+    if isinstance(request, int):
+        pid, status = os.waitpid(request, os.WNOHANG)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+        continue
+    if pid := os.fork():
+        print(pid, flush=True)
+        continue
+    log = os.open(request["log"], os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(request["environment"])
+    sys.argv = request["arguments"]
+    code = train.main()
+    sys.stdout.flush()
+    os._exit(code)
+"""
+
+
+class Forked:
+    """A run of train.py in a process of its own, to be killed or waited for."""
+
+    def __init__(self, nursery: subprocess.Popen, arguments: list, log: Path, **environment: str):
+        self.nursery, self.log, self.code = nursery, log, None
+        self.pid = self.ask(dict(arguments=arguments, log=str(log), environment=environment))
+
+    def ask(self, request: object):
+        self.nursery.stdin.write(json.dumps(request) + "\n")
+        self.nursery.stdin.flush()
+        return json.loads(self.nursery.stdout.readline())
+
+    def poll(self) -> Optional[int]:
+        if self.code is None:
+            self.code = self.ask(self.pid)
+        return self.code
+
+    def wait(self) -> int:
+        while self.poll() is None:
+            time.sleep(0.01)
+        return self.code
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[subprocess.Popen]:
+    if not hasattr(os, "fork"):
+        pytest.skip("forks processes; runs on Linux and macOS")
+    process = subprocess.Popen([sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    yield process
+    process.communicate()
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    """However a run ends, it takes its threads along: one that is no daemon would keep the process alive."""
+    before = set(threading.enumerate())
+    yield
+    assert [thread for thread in threading.enumerate() if thread not in before and not thread.daemon] == []
+
+
+def start(arguments: list, **options) -> tuple[subprocess.Popen, str]:
+    """A process under way, and a mark by which `marked` finds it and all that it starts."""
+    mark = f"MARK={uuid.uuid4().hex}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict([mark.split("=")])}
+    return subprocess.Popen([sys.executable, *arguments], env=environment, **options), mark
+
+
+def marked(mark: str) -> list:
+    """Command lines of the living processes with this mark in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # gone meanwhile
+            continue
+    return found
+
+
+finds_processes = pytest.mark.skipif(not Path("/proc/self/environ").exists(),
+                                     reason="looks for processes in /proc; runs on Linux")
 
 
 # ------------------------------------------------------------------------------------------------ parity
@@ -94,7 +201,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(chats, tmp
 
 def test_a_run_stopped_at_any_step_and_resumed_is_the_straight_run_bit_for_bit(chats, tmp_path, monkeypatch):
     train.train(settings(chats, tmp_path / "straight"))
-    straight = Checkpoint.load(tmp_path / "straight/last.pt").training["progress"]
+    straight = Checkpoint.load(tmp_path / "straight/last.pt").training
     update, steps = train.Trainer.update, 0
 
     def stop_now_and_then(self, factor):
@@ -114,8 +221,9 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_straight_run_bit_for_bit(c
     train.train(config, {})
     assert equal(weights(tmp_path / "straight"), weights(tmp_path / "split"))
     assert equal(weights(tmp_path / "straight", "best_model.pt"), weights(tmp_path / "split", "best_model.pt"))
-    resumed = Checkpoint.load(tmp_path / "split/last.pt").training["progress"]
-    assert {**resumed, "seconds": 0} == {**straight, "seconds": 0}
+    resumed = Checkpoint.load(tmp_path / "split/last.pt").training
+    assert {**resumed["progress"], "seconds": 0} == {**straight["progress"], "seconds": 0}
+    assert torch.equal(resumed["random_state"], straight["random_state"])
 
     def logged(name):
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -124,32 +232,28 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_straight_run_bit_for_bit(c
     assert logged("split") == logged("straight")
 
 
-def test_killed_at_random_moments_a_run_ends_with_the_weights_of_one_never_killed(chats, tmp_path):
-    more = ("--eval_interval", "2", "--epochs", "4")
-    assert run(command(chats, tmp_path / "straight", *more)).returncode == 0
-    kills = 0
-    arguments = command(chats, tmp_path / "killed", *more)
-    for attempt in range(30):
-        process = subprocess.Popen([sys.executable, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        last = tmp_path / "killed/last.pt"
+def test_killed_at_random_moments_a_run_ends_with_the_weights_of_one_never_killed(chats, tmp_path, nursery):
+    train.train(settings(chats, tmp_path / "straight", eval_interval=2, epochs=4.0))
+    arguments = command(chats, tmp_path / "killed", "--eval_interval", "2", "--epochs", "4")
+    kills, code, last = 0, None, tmp_path / "killed/last.pt"
+    while code != 0:
         before = last.stat().st_mtime_ns if last.exists() else 0
+        process = Forked(nursery, arguments, tmp_path / "log")
         if kills < 5:
             while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
                 time.sleep(0.01)  # at least one more checkpoint each time, or the run would never end
-            time.sleep(0.013 * attempt)
-            if process.poll() is None:
-                process.kill()
-                kills += 1
-            for path in (tmp_path / "killed").glob("*.pt"):
-                Checkpoint.load(path).build_model()
-            arguments = [str(ROOT / "train.py"), "--resume", "--out_dir", str(tmp_path / "killed"), "--device", "cpu"]
-        if process.wait() == 0:
-            break
+            time.sleep(0.013 * kills)
+            os.kill(process.pid, signal.SIGKILL)
+        code = process.wait()
+        assert code in (0, -signal.SIGKILL), process.log.read_text()
+        kills += code != 0
+        for path in (tmp_path / "killed").glob("*.pt"):
+            Checkpoint.load(path).build_model()
+        arguments = ["train.py", "--resume", "--out_dir", str(tmp_path / "killed"), "--device", "cpu"]
     print(f"{kills} kills")
-    assert kills >= 3
+    assert kills == 5
     assert equal(weights(tmp_path / "straight"), weights(tmp_path / "killed"))
-    assert sorted(path.name for path in (tmp_path / "killed").glob("*.tmp")) == []
+    assert list((tmp_path / "killed").glob("*.tmp")) == []
 
 
 def losses(out: Path) -> list:
@@ -158,17 +262,43 @@ def losses(out: Path) -> list:
 
 
 @pytest.mark.parametrize("flags", [[], ["--fsdp"]])
-def test_two_processes_train_as_one(chats, tmp_path, flags):
+def test_two_processes_train_as_one(chats, tmp_path, nursery, flags):
     # Small rates: training multiplies a difference in rounding, the more the larger its steps are.
-    flags = [*flags, "--learning_rate", "0.002", "--embedding_lr", "0.002"]
-    assert run(command(chats, tmp_path / "one", *flags)).returncode == 0
-    two = run(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               *command(chats, tmp_path / "two", *flags)])
-    assert two.returncode == 0, two.stderr[-2000:]
+    train.train(settings(chats, tmp_path / "one", learning_rate=0.002, embedding_lr=0.002))
+    arguments = command(chats, tmp_path / "two", *flags, "--learning_rate", "0.002", "--embedding_lr", "0.002")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    pair = [Forked(nursery, arguments, tmp_path / f"log{rank}", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(2)]  # what torchrun sets
+    assert [process.wait() for process in pair] == [0, 0], (tmp_path / "log0").read_text()[-2000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert two[:20] == pytest.approx(one[:20], abs=2e-3)
     assert two == pytest.approx(one, abs=3e-2)
     assert weights(tmp_path / "one").keys() == weights(tmp_path / "two").keys()
+
+
+@finds_processes
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_two_processes_stop_with_their_launcher_save_and_one_goes_on(chats, tmp_path, number):
+    out = tmp_path / "out"
+    launcher, mark = start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                            *command(chats, out, "--epochs", "900")],
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+        time.sleep(0.05)
+        assert launcher.poll() is None
+    assert len(marked(mark)) == 3
+    launcher.send_signal(number)
+    launcher.wait()
+    for _ in range(1200):
+        if not marked(mark):
+            break
+        time.sleep(0.05)
+    assert marked(mark) == []
+    stopped = Checkpoint.load(out / "last.pt").training["progress"]
+    train.train(train.TrainConfig(resume=True, out_dir=str(out), device="cpu"), {"epochs": stopped["epoch"] + 1.0})
+    assert Checkpoint.load(out / "last.pt").training["progress"]["step"] > stopped["step"]
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(chats, tmp_path):
@@ -207,7 +337,8 @@ def test_a_compile_that_fails_goes_on_without(chats, tmp_path, monkeypatch, caps
 # ------------------------------------------------------------------------------------------------ what comes out
 
 
-def test_a_run_leaves_a_model_that_opens_alone_and_every_figure(chats, tmp_path, capsys):
+def test_a_run_leaves_a_model_that_opens_alone_and_every_figure(chats, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.Metrics, "draw", DRAW)
     train.train(settings(chats, tmp_path / "out"))
     best, last = (Checkpoint.load(tmp_path / "out" / name) for name in ("best_model.pt", "last.pt"))
     tokenizer = Tokenizer.from_dict(best.tokenizer)
@@ -221,6 +352,8 @@ def test_a_run_leaves_a_model_that_opens_alone_and_every_figure(chats, tmp_path,
     validation = [line["val_loss"] for line in lines if "val_loss" in line]
     assert validation[-1] < validation[0]
     assert last.training["progress"]["best_loss"] == pytest.approx(min(validation), abs=1e-4)
+    if find_spec("matplotlib"):
+        assert (tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     for words in ("data  ", "model  ", "sample  ", "device  ", "plan  ", "[是", "bits/byte", "python chat.py"):
         assert words in said
@@ -229,7 +362,7 @@ def test_a_run_leaves_a_model_that_opens_alone_and_every_figure(chats, tmp_path,
 
 def test_plain_text_trains_too_however_short(tmp_path):
     (tmp_path / "short.txt").write_text("床前明月光，疑是地上霜。\n" * 6, encoding="utf-8")
-    train.train(settings(tmp_path / "short.txt", tmp_path / "out"))
+    train.train(settings(tmp_path / "short.txt", tmp_path / "out", seed=10**30))
     assert Checkpoint.load(tmp_path / "out/best_model.pt").training["summary"]["chat"] is False
 
 
@@ -249,11 +382,23 @@ def test_fine_tuning_starts_from_the_weights_and_the_tokenizer_of_a_checkpoint(c
     assert all(torch.equal(first.weights[key], starts[0][key]) for key in first.weights)
 
 
-def test_a_second_run_keeps_the_files_of_the_first(chats, tmp_path):
-    train.train(settings(chats, tmp_path / "out", epochs=0.2))
-    first = weights(tmp_path / "out", "best_model.pt")
-    train.train(settings(chats, tmp_path / "out", epochs=0.2, seed=5))
-    assert equal(weights(tmp_path / "out/previous", "best_model.pt"), first)
+def test_a_new_run_keeps_the_files_of_all_runs_before_and_clears_the_rests_of_a_killed_one(chats, tmp_path):
+    for seed in range(3):
+        train.train(settings(chats, tmp_path / "out", epochs=0.2, seed=seed))
+        if seed == 1:
+            (tmp_path / "out/last.pt.tmp").write_bytes(b"half a checkpoint")
+    seeds = [Checkpoint.load(tmp_path / "out" / name / "last.pt").training["config"]["seed"]
+             for name in ("previous", "previous_2", ".")]
+    assert seeds == [0, 1, 2]
+    assert (tmp_path / "out/previous/best_model.pt").exists()
+    assert (tmp_path / "out/previous/metrics.jsonl").read_text()
+    assert not (tmp_path / "out/last.pt.tmp").exists()
+
+
+def test_a_start_that_saved_nothing_is_not_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    train.keep_previous(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_nan_costs_its_step_and_no_more(chats, tmp_path, monkeypatch, capsys):
@@ -298,6 +443,9 @@ def test_a_loss_that_stays_nan_stops_the_run_with_the_last_good_checkpoint(chats
     (["--device", "cuda:77"], "--device cuda:77: not available here"),
     (["--init_from", "nowhere.pt"], "nowhere.pt: no such file"),
     (["--resume"], "last.pt: no such file"),
+    (["--n_head", "0"], "--d_model 32 must be a multiple of --n_head 0"),
+    (["--n_layer", "-1"], "n_layer must be from 1 to"),
+    (["--weight_decay", "inf"], "--weight_decay must be 0 or above, not inf"),
     (["--out_dir", "/proc/nowhere"], "--out_dir /proc/nowhere: cannot write there"),
 ])
 def test_bad_flags_get_one_line_and_exit_code_2(chats, tmp_path, monkeypatch, capsys, flags, words):
@@ -328,31 +476,161 @@ def test_a_resume_with_another_model_or_other_data_is_refused(chats, tmp_path):
         train.train(again, {"epochs": 2.0})
 
 
-def test_a_resume_may_go_on_for_longer_and_with_another_batch(chats, tmp_path):
+def test_a_resume_may_go_on_for_longer_and_with_other_settings(chats, tmp_path):
     train.train(settings(chats, tmp_path / "out", epochs=0.5))
     again = train.TrainConfig(resume=True, out_dir=str(tmp_path / "out"), device="cpu")
-    train.train(again, {"epochs": 1.5, "batch_size": 2})
-    progress = Checkpoint.load(tmp_path / "out/last.pt").training["progress"]
-    assert progress["epoch"] >= 1
+    train.train(again, {"epochs": 1.5, "batch_size": 2, "weight_decay": 0.25})
+    training = Checkpoint.load(tmp_path / "out/last.pt").training
+    assert training["progress"]["epoch"] >= 1
+    assert {group["weight_decay"] for group in training["optimizers"][0]["param_groups"]} == {0.25}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """The folder of a short run, with its data."""
+    folder = tmp_path_factory.mktemp("stopped")
+    (folder / "text.txt").write_text("床前明月光，疑是地上霜。\n" * 40, encoding="utf-8")
+    train.train(settings(folder / "text.txt", folder / "out", epochs=1.0))
+    return folder
+
+
+@pytest.mark.parametrize("damage", [
+    lambda training: training.update(config=None), lambda training: training["config"].update(batch_size="many"),
+    lambda training: training["config"].update(data_path=[7]), lambda training: training["config"].update(preset="x"),
+    lambda training: training.update(progress=[]), lambda training: training["progress"].update(row=-1),
+    lambda training: training["optimizers"].pop(), lambda training: training["optimizers"][0]["state"].pop(0),
+    lambda training: training["optimizers"][1]["state"][0].update(exp_avg=torch.zeros(3)),
+    lambda training: training["optimizers"][1]["state"][0].pop("exp_avg_sq"),
+    lambda training: training.update(random_state=torch.zeros(3)), lambda training: training.pop("data"),
+])
+def test_a_damaged_training_state_is_refused_in_one_line(stopped, tmp_path, damage):
+    checkpoint = Checkpoint.load(stopped / "out/last.pt")
+    damage(checkpoint.training)
+    checkpoint.save(tmp_path / "last.pt")
+    with pytest.raises(InputError, match=r"last.pt: (damaged, its|holds no training state)") as refusal:
+        train.train(train.TrainConfig(resume=True, out_dir=str(tmp_path), device="cpu"))
+    assert "\n" not in str(refusal.value)
+
+
+# ------------------------------------------------------------------------------------------------ a full disk
+
+
+@contextmanager
+def disk(folder: Path) -> Iterator[None]:
+    """Mounts a disk of 3 MB on the folder."""
+    folder.mkdir(exist_ok=True)
+    may = sys.platform == "linux" and os.geteuid() == 0
+    if not may or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], check=False).returncode:
+        pytest.skip("mounts a small disk; runs on Linux as root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@contextmanager
+def room(folder: Path, left: int) -> Iterator[None]:
+    """Fills the disk of the folder up to `left` bytes."""
+    ballast = folder / "ballast"
+    ballast.write_bytes(bytes(shutil.disk_usage(folder).free - left))
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
+@contextmanager
+def limit(folder: Path, left: int) -> Iterator[None]:
+    """Lets no file of this process grow beyond `left` bytes."""
+    resource = pytest.importorskip("resource", reason="limits the size of files the POSIX way; runs on Linux and macOS")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (left, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("place", "full"), [(disk, room), (nullcontext, limit)])
+def test_a_full_disk_is_one_line_and_costs_no_file(stopped, tmp_path, monkeypatch, capsys, place, full):
+    out = tmp_path / "out"
+    with place(out):
+        shutil.copytree(stopped / "out", out, dirs_exist_ok=True)
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--epochs", "2", "--out_dir", str(out), "--device",
+                                          "cpu"])
+        for left in (65536, 0):  # too little for a checkpoint, then for anything
+            with full(out, left):
+                assert train.main() == 2
+            said = capsys.readouterr().err.strip().splitlines()[-1]
+            assert re.match(rf"train.py: cannot write {out}/\S+: .*(No space left on device|File too large)", said)
+            after = {path.name: path.read_bytes() for path in out.iterdir()}
+            assert after.keys() == before.keys()
+            assert all(after[name] == before[name] for name in ("best_model.pt", "last.pt"))
+            assert after["metrics.jsonl"].startswith(before["metrics.jsonl"])
+        assert train.main() == 0
+
+
+@pytest.mark.parametrize(("place", "full"), [(disk, room), (nullcontext, limit)])
+def test_a_full_disk_while_data_is_prepared_is_one_line_and_leaves_no_litter(chats, tmp_path, monkeypatch, capsys,
+                                                                             place, full):
+    folder = tmp_path / "disk"
+    with place(folder):
+        arguments = [*command(chats, tmp_path / "out"), "--cache_dir", str(folder / "cache")]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with full(folder, 8192):
+            assert train.main() == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert re.match(rf"train.py: {folder}/cache: cannot write the prepared data "
+                        r"\((No space left on device|File too large)\)", said)
+        assert list((folder / "cache").glob("tmp-*")) == []
+
+
+# ------------------------------------------------------------------------------------------------ signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(chats, tmp_path, number):
-    process = subprocess.Popen([sys.executable, *command(chats, tmp_path / "out", "--epochs", "500")],
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process, mark = start(command(chats, tmp_path / "out", "--epochs", "500"), stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True, encoding="utf-8")
     while not (tmp_path / "out/metrics.jsonl").exists() or not (tmp_path / "out/metrics.jsonl").stat().st_size:
         time.sleep(0.05)
         assert process.poll() is None
     process.send_signal(number)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number
+    assert marked(mark) == []
     assert f"go on with: python train.py --resume --out_dir {tmp_path / 'out'}" in said
     step = int(re.search(r"stopped at step (\d+)", said).group(1))
     assert Checkpoint.load(tmp_path / "out/last.pt").training["progress"]["step"] == step
 
 
+def test_a_second_signal_ends_at_once(monkeypatch):
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    stop = train.Stop()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert (stop.signal, ends) == (signal.SIGINT, [])
+    os.kill(os.getpid(), signal.SIGINT)
+    assert ends == [130]
+
+
 # ------------------------------------------------------------------------------------------------ properties
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from([f for f in fields(train.TrainConfig) if f.type is not bool]),
+                       st.integers() | st.floats() | st.integers(-2, 40), min_size=1))
+def test_any_number_for_a_flag_is_taken_or_refused_in_one_line(wanted):
+    numbers = {f.name: kind(value) for f, value in wanted.items() for kind in (int, float)
+               if kind.__name__ in str(f.type) and (kind is float or math.isfinite(value))}
+    try:
+        config = train.settle(replace(train.TrainConfig(), **numbers), torch.device("cpu"))
+    except InputError as refusal:
+        assert "\n" not in str(refusal)  # noqa: PT017 (either way out is right)
+        return
+    assert train.model_config(config, 300).context_length == config.context_length
+    assert 0 <= train.share_done(config, train.Progress(), 10) < 1
 
 
 @given(st.floats(0, 1), st.floats(0, 0.9))
