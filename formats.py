@@ -39,8 +39,20 @@ class Source:
         return self.checkpoint.config
 
     @property
+    def summary(self) -> dict:
+        """What the checkpoint says of its training, or nothing."""
+        training = self.checkpoint.training
+        summary = training.get("summary") if isinstance(training, dict) else None
+        return summary if isinstance(summary, dict) else {}
+
+    @property
+    def is_chat(self) -> bool:
+        """False only for a model that saw plain text alone: there is no chat to be had with it."""
+        return bool(self.summary.get("chat", True))
+
+    @property
     def config_text(self) -> str:
-        return json.dumps({"model_type": "gpt", **self.config.to_dict()}, indent=2) + "\n"
+        return json.dumps({"model_type": "gpt", **self.config.to_dict(), "chat": self.is_chat}, indent=2) + "\n"
 
     @property
     def tokenizer_text(self) -> str:
@@ -235,11 +247,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
 
 def model_card(source: Source, library: str, snippet: str, notes: str) -> str:
     """README.md of an exported folder: what it is, how it was trained, the snippet that loads it."""
-    config, training = source.config, source.checkpoint.training
-    facts = training.get("summary") if isinstance(training, dict) else None
+    config = source.config
     sizes = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in config.to_dict().items())
-    trained = "\n".join(f"- {name.replace('_', ' ')}: {str(value):.300}" for name, value in facts.items()
-                        if isinstance(value, (str, int, float))) if isinstance(facts, dict) else ""
+    trained = "\n".join(f"- {name.replace('_', ' ')}: {str(value):.300}" for name, value in source.summary.items()
+                        if isinstance(value, (str, int, float)))
     return f"""---
 library_name: {library}
 pipeline_tag: text-generation
@@ -305,6 +316,7 @@ def decode_greedily(prompt, count):
 def write_huggingface(source: Source, folder: Path) -> None:
     with writing(folder):
         source.checkpoint.build_model().save_pretrained(folder)
+        folder.joinpath("config.json").write_text(source.config_text, encoding="utf-8")
         folder.joinpath("tokenizer.json").write_text(source.tokenizer_text, encoding="utf-8")
         card = model_card(source, "pytorch", HUGGINGFACE_SNIPPET, HUGGINGFACE_NOTES)
         folder.joinpath("README.md").write_text(card, encoding="utf-8")
@@ -322,7 +334,11 @@ print(tokenizer.decode(outputs[0]))
 """
 
 TRANSFORMERS_NOTES = """
-The classes are those of transformers itself; nothing needs `trust_remote_code`. To chat:
+The classes are those of transformers itself; nothing needs `trust_remote_code`.
+"""
+
+CHAT_NOTES = """
+To chat:
 
 ```python
 messages = [{"role": "user", "content": "你好"}]
@@ -335,10 +351,17 @@ A special token typed by a user, such as `<|im_end|>`, becomes a control token b
 trust with `tokenizer(text, split_special_tokens=True)`: there it stays text.
 """
 
+PLAIN_TEXT_NOTES = """
+It was trained on plain text alone: it continues a text, and has no chat template.
+"""
+
 TRANSFORMERS_PROBE = """
 config_text = None
 tokenizer_text = open("exported_models/transformers/tokenizer.json", encoding="utf-8").read()
 assert type(model).__module__.startswith("transformers."), "not a stock class of transformers"
+is_chat = expected["config"]["chat"]
+if model.config.chat != is_chat or bool(tokenizer.chat_template) != is_chat:
+    problems.append("chats, but no chat template, or the other way round")
 model = model.float()
 
 def compute_logits(ids):
@@ -351,45 +374,46 @@ def decode_greedily(prompt, count):
     ids = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
     return ids[0, len(prompt):].tolist()
 
-for text, ids in expected["texts"]:
-    texts_equal += tokenizer(text, split_special_tokens=True)["input_ids"] == ids
-    texts += 1
-    if "<|" not in text:
-        texts_equal += tokenizer(text)["input_ids"] == ids
-        texts += 1
+compare_ids(tokenizer(expected["texts"], split_special_tokens=True)["input_ids"], expected["ids"])
+plain = [(text, ids) for text, ids in zip(expected["texts"], expected["ids"]) if "<|" not in text]
+compare_ids(tokenizer([text for text, _ in plain])["input_ids"], [ids for _, ids in plain])
 for messages, prompted, ids in expected["chats"]:
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=prompted, tokenize=True, return_dict=True)
-    texts_equal += rendered["input_ids"] == ids
-    texts += 1
+    compare_ids([rendered["input_ids"]], [ids])
 """
 
 
 def write_transformers(source: Source, folder: Path) -> None:
     from safetensors.torch import save_file
     tokenizer, weights = source.tokenizer, source.checkpoint.weights
-    end_ids, pad_id = [tokenizer.im_end_id, tokenizer.end_of_text_id], tokenizer.end_of_text_id
-    end_of_text, im_start, im_end = SPECIAL_TOKENS
+    end_of_text, _, im_end = SPECIAL_TOKENS
+    ends, pad_id = [im_end, end_of_text] if source.is_chat else [end_of_text], tokenizer.end_of_text_id
+    end_ids = [tokenizer.special_ids[token] for token in ends]
     config = to_transformers_config(source.config, weights["token_embedding.weight"].dtype, end_ids, pad_id)
-    special = {"bos_token": None, "eos_token": im_end, "pad_token": end_of_text, "unk_token": None}
+    special = {"bos_token": None, "eos_token": ends[0], "pad_token": end_of_text, "unk_token": None}
+    template = {"chat_template": CHAT_TEMPLATE} if source.is_chat else {}
     documents = {
-        "config.json": config,
+        "config.json": {**config, "chat": source.is_chat},
         "generation_config.json": {"bos_token_id": None, "eos_token_id": end_ids, "pad_token_id": pad_id},
         "special_tokens_map.json": {name: token for name, token in special.items() if token},
         "tokenizer_config.json": {
             # transformers would rebuild the tokenizer of its own Qwen2 class from any other name.
-            "tokenizer_class": "PreTrainedTokenizerFast", **special, "additional_special_tokens": [im_start],
+            "tokenizer_class": "PreTrainedTokenizerFast", **special,
+            "additional_special_tokens": [token for token in SPECIAL_TOKENS if token not in special.values()],
             "model_max_length": source.config.context_length, "model_input_names": ["input_ids", "attention_mask"],
-            "clean_up_tokenization_spaces": False, "padding_side": "left", "chat_template": CHAT_TEMPLATE},
+            "clean_up_tokenization_spaces": False, "padding_side": "left", **template},
     }
     with writing(folder):
         folder.mkdir()
         for name, content in documents.items():
             folder.joinpath(name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         folder.joinpath("tokenizer.json").write_text(source.tokenizer_text, encoding="utf-8")
-        folder.joinpath("chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        if source.is_chat:
+            folder.joinpath("chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
         save_file(to_transformers(weights, source.config), folder / "model.safetensors", metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read
-        card = model_card(source, "transformers", TRANSFORMERS_SNIPPET, TRANSFORMERS_NOTES)
+        notes = TRANSFORMERS_NOTES + (CHAT_NOTES if source.is_chat else PLAIN_TEXT_NOTES)
+        card = model_card(source, "transformers", TRANSFORMERS_SNIPPET, notes)
         folder.joinpath("README.md").write_text(card, encoding="utf-8")
 
 
