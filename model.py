@@ -205,13 +205,14 @@ class LinearCrossEntropy(torch.autograd.Function):
     arXiv 2411.09009).
     """
 
+    CPU_LOGITS = 2**24  # held at once; fewer are slower, as each chunk streams all the weights
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x_cast, weight_cast = x.to(dtype), weight.to(dtype)
-        # A chunk of logits that stays in a CPU's cache; on a GPU, one that fills the machine.
-        rows = max(64, 2 ** (22 if kind == "cpu" else 28) // weight.size(0))
+        rows = max(64, (LinearCrossEntropy.CPU_LOGITS if kind == "cpu" else 2**28) // weight.size(0))
         needs_grad = any(ctx.needs_input_grad)
         grad_x = torch.empty_like(x_cast) if needs_grad else None
         grad_weight = torch.zeros_like(weight_cast, dtype=torch.float32) if needs_grad else None
@@ -220,15 +221,18 @@ class LinearCrossEntropy(torch.autograd.Function):
                                        grad_x.split(rows) if needs_grad else x_cast.split(rows), strict=True):
             keep = (target >= 0)[:, None]
             target = target.clamp(min=0)[:, None]
-            logits = F.linear(chunk, weight_cast).float()
-            log_normaliser = logits.logsumexp(-1, keepdim=True)
-            total += (log_normaliser - logits.gather(1, target)).mul(keep).sum()
+            # On a CPU log_softmax is one loop, where logsumexp is four and takes eight times as long.
+            log_probability = F.linear(chunk, weight_cast).float().log_softmax(-1)
+            chosen = log_probability.gather(1, target).mul_(keep)
+            total -= chosen.sum()
             if needs_grad:
-                probability = logits.sub_(log_normaliser).exp_()
-                probability.scatter_add_(1, target, torch.full_like(log_normaliser, -1.0))
-                error = probability.mul_(keep).to(dtype)  # d loss / d logits
+                error = log_probability.exp_().scatter_add_(1, target, torch.full_like(chosen, -1.0))
+                error = error.mul_(keep).to(dtype)  # d loss / d logits
                 torch.mm(error, weight_cast, out=into)
-                grad_weight += error.T @ chunk
+                if dtype == torch.float32:
+                    grad_weight.addmm_(error.T, chunk)
+                else:
+                    grad_weight += error.T @ chunk
         if needs_grad:
             ctx.save_for_backward(grad_x.to(x.dtype), grad_weight.to(weight.dtype))
         return total
