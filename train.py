@@ -221,7 +221,10 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 class Stop:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads between steps; a second one ends at once."""
+    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between steps; a second Ctrl-C ends at once.
+
+    SIGTERM may come several times in a row: from Linux, one for each thread of a launcher that was killed.
+    """
 
     def __init__(self):
         self.signal = 0
@@ -229,7 +232,7 @@ class Stop:
             signal.signal(name, self)
 
     def __call__(self, number, frame):
-        if self.signal:
+        if self.signal and number == signal.SIGINT:
             os._exit(128 + number)
         self.signal = number
 

@@ -282,9 +282,9 @@ def test_two_processes_train_as_one(chats, tmp_path, nursery, flags):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_two_processes_stop_with_their_launcher_save_and_one_goes_on(chats, tmp_path, number):
     out = tmp_path / "out"
-    launcher, mark = start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                            *command(chats, out, "--epochs", "900")],
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with open(tmp_path / "log", "w") as log:
+        launcher, mark = start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                                *command(chats, out, "--epochs", "900")], stdout=log, stderr=log)
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
         time.sleep(0.05)
         assert launcher.poll() is None
@@ -296,6 +296,7 @@ def test_two_processes_stop_with_their_launcher_save_and_one_goes_on(chats, tmp_
             break
         time.sleep(0.05)
     assert marked(mark) == []
+    assert "all is saved" in (tmp_path / "log").read_text(encoding="utf-8")
     stopped = Checkpoint.load(out / "last.pt").training["progress"]
     train.train(train.TrainConfig(resume=True, out_dir=str(out), device="cpu"), {"epochs": stopped["epoch"] + 1.0})
     assert Checkpoint.load(out / "last.pt").training["progress"]["step"] > stopped["step"]
@@ -605,12 +606,13 @@ def test_a_signal_saves_and_says_how_to_go_on(chats, tmp_path, number):
     assert Checkpoint.load(tmp_path / "out/last.pt").training["progress"]["step"] == step
 
 
-def test_a_second_signal_ends_at_once(monkeypatch):
+def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not(monkeypatch):
     ends = []
     monkeypatch.setattr(os, "_exit", ends.append)
     stop = train.Stop()
-    os.kill(os.getpid(), signal.SIGINT)
-    assert (stop.signal, ends) == (signal.SIGINT, [])
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert (stop.signal, ends) == (signal.SIGTERM, [])
     os.kill(os.getpid(), signal.SIGINT)
     assert ends == [130]
 
