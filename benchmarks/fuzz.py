@@ -334,7 +334,7 @@ def damaged_data(rng: random.Random, folder: Path) -> Case:
 
 def long_line(number: int, folder: Path) -> Optional[Case]:
     """A good record, a line of LINE_MB megabytes of some kind, a good record."""
-    size = LINE_MB * 10**6
+    size = int(LINE_MB * 10**6)
     before, after = '{"text": "good before"}', '{"text": "good after"}'
     text = "春天来了，花开了。Spring is here. " * (size // 53)
     turns = [{"role": role, "content": f"turn {i}"} for i in range(size // 80) for role in ("user", "assistant")]
