@@ -780,13 +780,16 @@ def _read_file(path: Path, report: ReadReport) -> Iterator[Record]:
             return
         source = ByteSource(path, report)
         with io.BufferedReader(source, BLOCK) as stream:
-            head = stream.read(1 << 16)
-            if not head.strip(b" \t\r\n\xef\xbb\xbf"):
-                raise UnusableFile(source.damage or "empty file")
-            stream.seek(0)
+            start, head = 0, stream.read(1 << 16)
+            while not head.strip(b" \t\r\n\xef\xbb\xbf"):  # a file may begin with megabytes of blank lines
+                start += len(head)
+                head = stream.read(1 << 16)
+                if not head:
+                    raise UnusableFile(source.damage or "empty file")
+            stream.seek(start)
             encoding = _encoding_of(stream, _is_json(head.decode("utf-8-sig", "replace"), suffix))
             sample = codecs.getincrementaldecoder(encoding)("replace").decode(head)
-            stream.seek(0)
+            stream.seek(start)
             for test, read in READERS:
                 if test(sample, suffix):
                     yield from _checked(read(stream, encoding), str(path), report)

@@ -410,6 +410,12 @@ def test_an_odd_file_in_a_folder_does_not_cost_the_others(tmp_path):
         f"{tmp_path}/b.bin: looks like a binary file", f"{tmp_path}/c.txt: empty file"]) == ["good"]
 
 
+def test_a_file_may_begin_with_megabytes_of_blank_lines(tmp_path):
+    for name, content in (("a.jsonl", '{"text": "good"}'), ("a.json", '[{"text": "good"}]'), ("a.txt", "good")):
+        (tmp_path / name).write_text("\n" * 3_000_000 + content)
+        assert [text.strip() for text in read(tmp_path / name, records=1, skipped=0)] == ["good"]
+
+
 def test_a_few_bytes_that_are_no_text_are_left_out_and_told(tmp_path):
     (tmp_path / "a.txt").write_bytes("春天来了，花开了。".encode() * 20 + b"\xff\xfe" + "夏天很热。".encode())
     report = ReadReport()
