@@ -390,7 +390,7 @@ class GPT(nn.Module):
         except FileNotFoundError as error:
             raise InputError(f"{folder}: no {Path(error.filename or 'model.safetensors').name} here") from error
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            raise InputError(f"{folder}: not a folder this project wrote ({error})") from error
+            raise InputError(f"{folder}: not a folder this project wrote ({error!s:.200})") from error
         if not isinstance(values, dict) or values.pop("model_type", "gpt") != "gpt":  # the Hub's mixin writes none
             raise InputError(f"{folder}: config.json is not of this project (export.py --format huggingface writes it)")
         values.pop("chat", None)  # for chat.py: whether there is a chat to be had with these weights
