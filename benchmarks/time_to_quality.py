@@ -93,7 +93,8 @@ def main() -> None:
         (scratch / "characters").mkdir()
         text = read_text(options.text, options.records)
         (scratch / "text.txt").write_text(text, encoding="utf-8")
-        bits = 1 / math.log(2) / write_characters(text, scratch / "characters") if options.bits_per_byte else 1.0
+        bytes_a_character = write_characters(text, scratch / "characters")
+        bits = 1 / math.log(2) / bytes_a_character if options.bits_per_byte else 1.0
         for number in range(options.rounds):
             places = [scratch / f"{name}{number}" for name in ("peer", "sixth", "equal")]
             wall, nats = theirs(options.peer.resolve(), scratch / "characters", places[0])
