@@ -28,7 +28,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 from artifacts import Runtime, open_model  # noqa: E402
-from data import StreamDecoder, render_chat  # noqa: E402
+from data import StreamDecoder, harmless, render_chat  # noqa: E402
 from model import InputError, sample  # noqa: E402
 
 STOPPED = "stopped"  # by Ctrl-C
@@ -201,17 +201,6 @@ class Session:
 
 
 # ---------------------------------------------------------------------------------------------------- terminal
-
-# Control characters as pictures, so that nothing a model or a file says can steer the terminal or hide text.
-HARMLESS = {code: 0x2400 + code for code in range(32)} | {code: 0xFFFD for code in range(0x80, 0xA0)}
-HARMLESS |= {code: 0xFFFD for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}  # right-to-left overrides
-HARMLESS |= {0x7F: 0x2421, ord("\r"): None, ord("\n"): "\n", ord("\t"): "\t"}
-
-
-def harmless(text: str) -> str:
-    """Text without control characters other than newline and tab: escape sequences become visible and do nothing."""
-    return text.translate(HARMLESS)
-
 
 def say(text: str) -> None:
     """A word of the program itself, beside the conversation: on stderr, so that replies pipe alone."""

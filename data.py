@@ -296,6 +296,18 @@ class StreamDecoder:
         return text
 
 
+# Control characters as pictures, so that nothing a model or a file says can steer the terminal or hide text.
+HARMLESS = {code: 0x2400 + code for code in range(32)} | {code: 0xFFFD for code in range(0x80, 0xA0)}
+HARMLESS |= {code: 0xFFFD for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}  # right-to-left overrides
+HARMLESS |= {code: 0xFFFD for code in range(0xD800, 0xE000)}  # in names of files that are not UTF-8
+HARMLESS |= {0x7F: 0x2421, ord("\r"): None, ord("\n"): "\n", ord("\t"): "\t"}
+
+
+def harmless(text: str) -> str:
+    """Text without control characters other than newline and tab: escape sequences become visible and do nothing."""
+    return text.translate(HARMLESS)
+
+
 # ------------------------------------------------------------------------------------------------- chat format
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -495,6 +507,7 @@ def to_record(value: object) -> Record:
             except RecursionError:
                 raise BadRecord(TOO_DEEP) from None
     keys = ", ".join([key for key, item in value.items() if item is not None][:5])
+    keys = " ".join(keys.split())  # a reason is one line
     raise BadRecord(f"no known form of record; its keys are: {keys:.80}" if keys else "an empty object")
 
 
@@ -681,8 +694,8 @@ def _read_table(stream: io.BufferedReader, encoding: str) -> Iterator[tuple[int,
     """(line number, row or BadRecord) of a table with a line of column names, divided by commas or tabs."""
     text = io.TextIOWrapper(stream, encoding, "mark-undecodable", newline="")
     header = text.readline(BLOCK)
-    names = next(csv.reader([header], delimiter="\t" if "\t" in header else ","), [])
     csv.field_size_limit(RECORD_LIMIT)
+    names = next(csv.reader([header], delimiter="\t" if "\t" in header else ","), [])
     rows = csv.reader(text, delimiter="\t" if "\t" in header else ",")
     while True:
         try:

@@ -18,7 +18,7 @@ from typing import Callable, Dict, Iterator, List, Tuple
 import torch
 from torch import Tensor, nn
 
-from data import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, byte_of_character
+from data import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, byte_of_character, harmless
 from model import GPT, Checkpoint, GPTConfig, InputError, build_model
 
 ONNX_OPSET = 20  # the newest that runtimes of 2024 read, and the oldest with all that is needed
@@ -48,7 +48,7 @@ class Source:
     @property
     def is_chat(self) -> bool:
         """False only for a model that saw plain text alone: there is no chat to be had with it."""
-        return bool(self.summary.get("chat", True))
+        return self.summary.get("chat") is not False
 
     @property
     def config_text(self) -> str:
@@ -249,8 +249,8 @@ def model_card(source: Source, library: str, snippet: str, notes: str) -> str:
     """README.md of an exported folder: what it is, how it was trained, the snippet that loads it."""
     config = source.config
     sizes = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in config.to_dict().items())
-    trained = "\n".join(f"- {name.replace('_', ' ')}: {str(value):.300}" for name, value in source.summary.items()
-                        if isinstance(value, (str, int, float)))
+    trained = "\n".join(f"- {name.replace('_', ' ')}: {harmless(str(value)):.300}"
+                        for name, value in source.summary.items() if isinstance(value, (str, int, float)))
     return f"""---
 library_name: {library}
 pipeline_tag: text-generation

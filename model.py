@@ -26,6 +26,9 @@ IGNORE = -100  # a target that carries no loss, as in torch.nn.functional.cross_
 class InputError(Exception):
     """Something the user can mend: a path, a flag, a file. Each script shows its one line and exits with 2."""
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())  # what is quoted of a file may have several
+
 
 # ---------------------------------------------------------------------------------------------- configuration
 
@@ -566,7 +569,7 @@ def build_model(config: GPTConfig, weights: Dict[str, Tensor], source: str) -> G
     expected = unwrapped(model.state_dict(), config)
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights or name not in expected:
-            raise InputError(f"{source}: {'missing' if name not in weights else 'unknown'} weight {name:.80}")
+            raise InputError(f"{source}: {'missing' if name not in weights else 'unknown'} weight {name!r:.80}")
         shape = expected[name].shape
         tensor = weights[name]
         if not isinstance(tensor, Tensor) or tensor.shape != shape:
@@ -636,10 +639,12 @@ class Checkpoint:
             raise InputError(f"{path}: not a checkpoint of train.py, or damaged ({type(error).__name__})") from error
         if not isinstance(content, dict) or content.get("format") != "gpt":
             raise InputError(f"{path}: a PyTorch file, but not a checkpoint of train.py")
-        if content.get("version") != cls.VERSION:
-            raise InputError(f"{path}: format {content.get('version')!r:.20}, this code reads {cls.VERSION}")
+        version = content.get("version")
+        if type(version) is not int or version != cls.VERSION:
+            raise InputError(f"{path}: format {version!r:.40}, this code reads {cls.VERSION}")
         config, weights, tokenizer = (content.get(key) for key in ("config", "weights", "tokenizer"))
-        if not isinstance(weights, dict) or not isinstance(tokenizer, dict):
+        named = isinstance(weights, dict) and all(type(name) is str for name in weights)
+        if not named or not isinstance(tokenizer, dict):
             raise InputError(f"{path}: damaged, weights or tokenizer are missing")
         return cls(GPTConfig.from_dict(config), weights, tokenizer, content.get("training"))
 

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Batch, Packed, Prepared, Tokenizer, document_mask, masked_sample, prepare
+from data import Batch, Packed, Prepared, Tokenizer, document_mask, harmless, masked_sample, prepare
 from model import GPT, IGNORE, Checkpoint, GPTConfig, InputError
 from optim import make_optimizers
 
@@ -561,7 +561,7 @@ def from_saved(kind: type, values: object, path: Path):
     def sound(f) -> bool:
         value, choices = values.get(f.name, f.default), f.metadata.get("choices")
         return (fits(value, f.type) and (value is None or not choices or value in choices)
-                and (kind is TrainConfig or value >= 0))
+                and (kind is TrainConfig or value >= (f.name == "reduced")))
 
     if not isinstance(values, dict) or not all(map(sound, fields(kind))):
         raise InputError(f"{path}: damaged, its {kind.__name__} is not one that train.py writes")
@@ -652,12 +652,12 @@ def keep_previous(folder: Path) -> None:
 def run(trainer: Trainer, progress: Progress, batches: Batches) -> None:
     """The loop, from the plan to the last checkpoint."""
     config, world, folder = trainer.config, trainer.world, trainer.folder
-    say = tqdm.write if world.first else (lambda text: None)
+    say = (lambda text: tqdm.write(harmless(text))) if world.first else (lambda text: None)
     stop = Stop()
     plan(trainer, progress, batches, say)
     metrics = Metrics(trainer, progress)
     log_every = 1 if world.device.type == "cpu" else 10
-    skipped = torch.zeros(2, device=world.device)  # in all, in a row
+    skipped = torch.tensor([0.0, progress.skipped_in_a_row], device=world.device)  # since the last look, in a row
     rows = batches.ahead.result()[3]
     done = share_done(config, progress, rows)
     bar = tqdm(total=100, initial=100 * done, disable=not world.first, unit="%",
@@ -686,8 +686,9 @@ def run(trainer: Trainer, progress: Progress, batches: Batches) -> None:
                 metrics.evaluation(progress, rows, loss, bits, say)
                 saved = progress.seconds
             if progress.skipped_in_a_row >= 20:
+                in_a_row, progress.skipped_in_a_row = progress.skipped_in_a_row, 0  # a resume is a new attempt
                 metrics.save("last.pt", progress)  # skipped steps changed nothing: these weights are the last good ones
-                raise InputError(f"the loss has been NaN or infinite for {progress.skipped_in_a_row} steps in a row; "
+                raise InputError(f"the loss has been NaN or infinite for {in_a_row} steps in a row; "
                                  f"{folder / 'last.pt'} holds the last good state; try half the --learning_rate")
             if stopping or progress.seconds - saved > 60:
                 metrics.save("last.pt", progress)
@@ -910,7 +911,7 @@ def main() -> int:
     except InputError as error:
         if show_traceback:
             traceback.print_exc()
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"train.py: {harmless(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the loop took over the signal
         return 130

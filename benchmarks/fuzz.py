@@ -70,6 +70,7 @@ class Outcome:
 WORDS = ["春天", "来了", "好", "hello", "world", "naïve", "😀", "1984", "，", "\n", "\t", "<|im_end|>", "'s", "\\", '"']
 ODD: List[Any] = [None, True, False, 0, -1, 7, 1e308, math.nan, math.inf, -math.inf, 10**40, 2**63, "", " ", "\ud800",
                   "\0", "x" * 5000, "💥", [], {}, [[]], {"": None}, [None], ["user"], b"bytes".hex()]
+ODD_IN_PICKLES: List[Any] = [*ODD, torch.ones(9, 9), b"\xff", (1, 2), {5: 5}]
 TENSOR_CHANGES: List[Callable[[torch.Tensor], torch.Tensor]] = [
     lambda t: t.double(), lambda t: t.half(), lambda t: t.to(torch.int32), lambda t: t.to(torch.complex64),
     lambda t: t.bool(), lambda t: t[:0], lambda t: t.flatten(), lambda t: t.reshape(-1)[:1].expand(t.shape),
@@ -132,7 +133,7 @@ def mutate(rng: random.Random, content: bytes, most: int = 8) -> bytes:
     return bytes(data)
 
 
-def twist(rng: random.Random, value: Any) -> Any:
+def twist(rng: random.Random, value: Any, odd: List[Any] = ODD) -> Any:
     """The value with one of its parts, however deep, replaced, left out, renamed or doubled."""
     value = copy.deepcopy(value)
     path, inner = [], value
@@ -141,7 +142,7 @@ def twist(rng: random.Random, value: Any) -> Any:
         path.append((inner, step))
         inner = inner[step]
     if not path:
-        return rng.choice(ODD)
+        return rng.choice(odd)
     owner, step = path[-1]
     change = rng.randrange(5)
     if change == 0:
@@ -149,11 +150,11 @@ def twist(rng: random.Random, value: Any) -> Any:
     elif change < 4 and isinstance(inner, torch.Tensor):
         owner[step] = rng.choice(TENSOR_CHANGES)(inner)
     elif change == 1 and isinstance(owner, dict):
-        owner[rng.choice(["", "x", "\0", "role", "ranks"])] = owner.pop(step)
+        owner[rng.choice(["", "x", "\0", "role", "ranks", "a\n\x1b[2J", 5])] = owner.pop(step)
     elif change == 2 and isinstance(owner, list):
         owner.append(owner[step])
     else:
-        owner[step] = copy.deepcopy(rng.choice(ODD))
+        owner[step] = copy.deepcopy(rng.choice(odd))
     return value
 
 
@@ -427,13 +428,14 @@ def damaged_checkpoint(rng: random.Random, folder: Path, good: Artifacts) -> Cas
         return Case(write(folder, "best_model.pt", mutate(rng, (good.folder / "last.pt").read_bytes())))
     content = {**good.checkpoint, "training": None}
     part = rng.choice(["", "config", "weights", "weights", "tokenizer"])
-    content = {**content, part: twist(rng, content[part])} if part else twist(rng, content)
+    twisted = twist(rng, content[part] if part else content, ODD_IN_PICKLES)
+    content = {**content, part: twisted} if part else twisted
     torch.save(content, folder / "best_model.pt")
     return Case(folder / "best_model.pt")
 
 
 def damaged_training_state(rng: random.Random, folder: Path, good: Artifacts) -> Case:
-    content = {**good.checkpoint, "training": twist(rng, good.checkpoint["training"])}
+    content = {**good.checkpoint, "training": twist(rng, good.checkpoint["training"], ODD_IN_PICKLES)}
     torch.save(content, folder / "last.pt")
     return Case(folder / "last.pt")
 
@@ -530,7 +532,7 @@ def open_case(case: Case) -> bool:
 
 def take_one_step(trainer: train.Trainer, progress: train.Progress, batches: train.Batches) -> None:
     """In place of the loop of a resumed run."""
-    trainer.gradients(batches.take()[0], 1)
+    trainer.try_gradients(batches.take()[0], progress)
     trainer.update(1.0)
 
 

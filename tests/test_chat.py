@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import chat
 import export
+from artifacts import LARGEST_TEXT_FILE
 from chat import Session, Settings, harmless, open_model, repeated_length
 from data import ReadReport, Tokenizer, read_records, render_chat
 from model import GPT, Checkpoint, Decoder, GPTConfig, InputError
@@ -211,15 +212,21 @@ def changed_checkpoint(source: Path, target: Path, **changes) -> Path:
     return target
 
 
-def hostile_onnx(artifacts, tmp_path) -> Path:
+def hostile_onnx(artifacts, tmp_path, location="../../../../etc/passwd") -> Path:
     import onnx
     model = onnx.load(str(artifacts["onnx"]))
     tensor = model.graph.initializer[0]
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="../../../../etc/passwd")
+    tensor.external_data.add(key="location", value=location)
     path = tmp_path / "hostile.onnx"
     path.write_bytes(model.SerializeToString())
+    return path
+
+
+def enlarged(path: Path) -> Path:
+    """Longer than any such file may be, and no block of the disk longer than it was."""
+    os.truncate(path, LARGEST_TEXT_FILE + 1)
     return path
 
 
@@ -275,6 +282,9 @@ BAD_ARTIFACTS = {
     "point outside its folder": hostile_onnx,
     "unpack to far more": zip_bomb,
     "its code reaches for files": hostile_torchscript,
+    "are too many for this kind of file": lambda a, t: enlarged(
+        folder_with(t, a, "huggingface") / "tokenizer.json").parent,
+    "which is not there": lambda a, t: hostile_onnx(a, t, "gone.data"),
     "no tokenizer.json here": lambda a, t: folder_with(t, a, "huggingface", tokenizer=None),
     "its tokenizer is not one": lambda a, t: folder_with(t, a, "huggingface", tokenizer=b'{"model": {"vocab": []}}'),
     "not of a model that": lambda a, t: folder_with(t, a, "transformers", config=b'{"model_type": "bert"}'),
@@ -410,8 +420,8 @@ def trained_runtime(trained):
 
 @given(st.text())
 def test_no_control_character_but_newline_and_tab_reaches_the_terminal(text):
-    shown = harmless(text + "\x1b[31m\x9b31m\x07\r\x7f\u202e")
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", shown)
+    shown = harmless(text + "\x1b[31m\x9b31m\x07\r\x7f\u202e\udcff")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", shown)
     assert harmless(shown) == shown
     plain = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "", text)
     assert harmless(plain) == plain
@@ -430,6 +440,16 @@ def test_a_loop_is_found_and_its_first_round_stays(start, period, rounds):
 @given(st.lists(st.integers(0, 3), max_size=47))
 def test_a_short_text_is_never_taken_for_a_loop(ids):
     assert repeated_length(ids) == 0
+
+
+def test_what_a_model_says_reaches_the_terminal_without_its_escape_sequences(trained, monkeypatch, capsys):
+    tokenizer = open_model(trained, "cpu").tokenizer
+    said = iter([*tokenizer.encode("\x1b[31m红\x9b2J\x07"), tokenizer.im_end_id])
+    monkeypatch.setattr(chat, "sample", lambda *arguments: next(said))
+    assert chat.main(["--model_path", str(trained), "--prompt", "你好"]) == 0
+    assert capsys.readouterr().out == "␛[31m红�2J␇\n"
+    assert chat.main(["--model_path", "\x1b[31m"]) == 2
+    assert capsys.readouterr().err.startswith("chat.py: ␛[31m: no such file")
 
 
 def test_typed_special_tokens_are_text(trained):

@@ -306,6 +306,12 @@ def test_tables_are_read_by_their_column_names(tmp_path):
         [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "hello"]
 
 
+def test_a_column_may_have_a_name_of_any_length(tmp_path):
+    csv.field_size_limit(1 << 17)  # as it is in a fresh process
+    (tmp_path / "a.csv").write_text("text," + "x" * 200_000 + "\ngood,y\n")
+    assert read(tmp_path / "a.csv", skipped=0) == ["good"]
+
+
 def test_parquet_is_read_like_the_rest(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="runs where pyarrow is installed (pip install pyarrow)")
     from pyarrow import parquet
@@ -392,6 +398,7 @@ def test_a_file_with_nothing_usable_is_refused_in_one_line(tmp_path):
     ({"prompt": "q", "completion": "a", "history": 5}, "history must hold pairs of question and answer"),
     ({"text": ""}, "empty text"),
     ({"a": 1, "b": 2}, "no known form of record; its keys are: a, b"),
+    ({"a\nb": 1}, "no known form of record; its keys are: a b"),
     ({}, "an empty object"),
     ({"messages": None, "text": None}, "an empty object"),
     (3, "it is a number, not an object"),

@@ -12,15 +12,30 @@ import pexpect
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+# Ends the process, as an error could be caught and never seen.
 NO_NETWORK = '''
-import socket
+import os, socket, sys
 
-def refuse(self, address, *rest):
-    if self.family != getattr(socket, "AF_UNIX", None):
-        raise OSError(f"the network was asked for: {address}")
-    return connect(self, address, *rest)
+def refuse(*asked, **more):
+    print("the network was asked for:", *asked, file=sys.stderr, flush=True)
+    os._exit(97)
 
-connect, socket.socket.connect, socket.socket.connect_ex = socket.socket.connect, refuse, refuse
+def refuse_unless_local(self, address, *rest):
+    return connect(self, address, *rest) if self.family == getattr(socket, "AF_UNIX", None) else refuse(address)
+
+connect, socket.socket.connect, socket.socket.connect_ex = socket.socket.connect, *[refuse_unless_local] * 2
+socket.getaddrinfo = socket.gethostbyname = socket.socket.sendto = refuse
+'''
+# The interpreters that prove an export are isolated: they do not read sitecustomize.py.
+ALSO_IN_PROBES = f'''
+import subprocess
+
+def guarded(self, command, *rest, **options):
+    if isinstance(command, list) and "-I" in command:
+        command = [*command[:-1], {NO_NETWORK!r} + command[-1]]
+    start(self, command, *rest, **options)
+
+start, subprocess.Popen.__init__ = subprocess.Popen.__init__, guarded
 '''
 TALKS = [("你好", "你好！有什么可以帮你？"), ("谢谢", "不客气！"), ("再见", "再见，祝你愉快！"),
          ("你好，请问", "请说。"),
@@ -31,7 +46,7 @@ TALKS = [("你好", "你好！有什么可以帮你？"), ("谢谢", "不客气�
 def place(tmp_path_factory) -> Path:
     """A user's folder, with a chat file of their own and no way to the network."""
     folder = tmp_path_factory.mktemp("user")
-    (folder / "sitecustomize.py").write_text(NO_NETWORK)
+    (folder / "sitecustomize.py").write_text(NO_NETWORK + ALSO_IN_PROBES)
     with open(folder / "chats.jsonl", "w", encoding="utf-8") as file:
         for n in range(30):
             turns = TALKS[n % 7], TALKS[(n * 3 + n // 7) % 7]
@@ -42,8 +57,9 @@ def place(tmp_path_factory) -> Path:
 
 
 def environment(place: Path, *more: Path) -> dict:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (place, *more))), "PYTHONIOENCODING": "utf-8",
-            "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    ours = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}  # a user has not set it
+    return {**ours, "PYTHONPATH": os.pathsep.join(map(str, (place, *more))), "PYTHONIOENCODING": "utf-8",
+            "OMP_NUM_THREADS": "1"}
 
 
 def python(place: Path, *arguments: str, path: tuple = ()) -> subprocess.CompletedProcess:
@@ -69,8 +85,12 @@ def exported(trained) -> Path:
 
 
 def test_the_network_is_really_blocked(place):
-    tried = python(place, "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9')")
-    assert "the network was asked for" in tried.stderr
+    for code in ("import urllib.request; urllib.request.urlopen('http://127.0.0.1:9')",
+                 "import contextlib, socket\nwith contextlib.suppress(OSError): socket.create_connection(('::1', 9))"):
+        probe = f"import subprocess, sys; subprocess.run([sys.executable, '-I', '-c', {code!r}], check=True)"
+        for tried in (python(place, "-c", code), python(place, "-c", probe)):
+            assert tried.returncode
+            assert "the network was asked for" in tried.stderr
 
 
 def test_a_trained_model_answers_in_a_terminal(trained):

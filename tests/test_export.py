@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -524,6 +525,20 @@ def test_an_interrupted_export_changes_nothing_and_leaves_no_litter(checkpoint, 
     with Staging(out):
         pass
     assert contents(out) == {}
+
+
+def test_a_probe_ends_with_its_export_however_that_ends(tmp_path):
+    if not Path("/proc/self/cmdline").exists():
+        pytest.skip("looks for a process in /proc; runs on Linux")
+    code = (f"import dataclasses, os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import export; "
+            "waits = dataclasses.replace(export.FORMATS['onnx'], snippet='time.sleep(20); print(1)', probe=''); "
+            "probe = export.start_probe(waits, export.Path(sys.argv[1])); print(probe.pid, flush=True); "
+            "os.kill(os.getpid(), signal.SIGKILL)")
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    command = Path(f"/proc/{int(run.stdout)}/cmdline")
+    while command.exists() and command.read_bytes():
+        time.sleep(0.02)
+    assert (tmp_path / "onnx.out").read_text() == ""  # it ended before its time
 
 
 def test_two_exports_into_one_folder_are_kept_apart(checkpoint, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import pickle
 import struct
 import zipfile
@@ -27,6 +28,7 @@ from model import (
 )
 
 SIZES = dict(vocab_size=97, context_length=48, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8)
+DEEP = dict(SIZES, n_layer=32, tie_embeddings=False)
 EVERY_KIND = [dict(SIZES, qk_norm=qk_norm, tie_embeddings=tied, n_kv_head=kv)
               for qk_norm in (True, False) for tied in (True, False) for kv in (1, 4)]
 
@@ -244,6 +246,31 @@ def test_a_checkpoint_reads_back_as_it_was(tmp_path, kind):
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_takes_the_place_of_the_last(tmp_path, monkeypatch):
+    """Or a power cut right after the rename could leave an empty file and none of the two."""
+    model, calls = random_model(), []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: calls.append(name) or real(*a))
+    Checkpoint(model.config, model.state_dict(), {}).save(tmp_path / "model.pt")
+    assert calls == ["fsync", "replace"]
+
+
+def test_a_checkpoint_whose_successor_is_never_finished_stays_whole(tmp_path, monkeypatch):
+    model = random_model()
+    checkpoint = Checkpoint(model.config, model.state_dict(), {})
+    checkpoint.save(tmp_path / "model.pt")
+
+    def dies_half_way(content, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", dies_half_way)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path / "model.pt")
+    Checkpoint.load(tmp_path / "model.pt").build_model()
+
+
 @pytest.mark.parametrize("kind", EVERY_KIND[:4])
 def test_save_pretrained_reads_back_as_it_was(tmp_path, kind):
     model, ids = random_model(**kind), torch.randint(0, 97, (2, 9))
@@ -308,11 +335,19 @@ def zip_bomb() -> bytes:
     (lambda tmp: b"hello", "not a checkpoint, or cut off"),
     (lambda tmp: saved(tmp)[:-2000], "not a checkpoint, or cut off"),
     (lambda tmp: saved(tmp, version=99), "format 99"),
+    (lambda tmp: saved(tmp, version=torch.ones(9, 9)), "format tensor"),
     (lambda tmp: saved(tmp, format="other"), "not a checkpoint of train.py"),
     (lambda tmp: saved(tmp, weights=None), "weights or tokenizer are missing"),
+    (lambda tmp: saved(tmp, weights={5: torch.zeros(1)}), "weights or tokenizer are missing"),
+    (lambda tmp: saved(tmp, weights={"a\nb": torch.zeros(1)}), "weight"),
+    (lambda tmp: saved(tmp, config=dict(SIZES, d_model=torch.ones(9, 9))), "d_model must be int, not tensor"),
     (lambda tmp: saved(tmp, config=dict(SIZES, d_model=10**12)), "d_model must be from 1 to"),
     (lambda tmp: saved(tmp, config=dict(SIZES, d_model=2**16, d_ff=2**18)), "does not have the shape"),
     (lambda tmp: saved(tmp, weights={"evil": torch.zeros(1)}), "missing weight"),
+    (lambda tmp: saved(tmp, weights={name: tensor.int() for name, tensor in random_model().state_dict().items()}),
+     "is not a plain tensor"),
+    (lambda tmp: saved(tmp, config=dict(DEEP, context_length=2**20), weights=GPT(GPTConfig(**DEEP)).state_dict()),
+     "a context of 1048576 tokens is absurd"),
     (lambda tmp: pickled_code(), "not a checkpoint of train.py, or damaged"),
     (lambda tmp: zip_bomb(), "would unpack to more than its own size"),
 ])

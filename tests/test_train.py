@@ -1,6 +1,7 @@
 """train.py: a resumed run is the run that never stopped; two processes train as one; nothing mends by hand."""
 
 import ast
+import itertools
 import json
 import math
 import os
@@ -217,6 +218,8 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_straight_run_bit_for_bit(c
         with pytest.raises(SystemExit) as stopped:
             train.train(config, {})
         assert stopped.value.code == 128 + signal.SIGTERM
+        with open(tmp_path / "split/metrics.jsonl", "a") as file:
+            file.write('{"step": 12, "seco')  # as a kill in the middle of a line leaves it
         config = train.TrainConfig(resume=True, out_dir=str(tmp_path / "split"), device="cpu")
     train.train(config, {})
     assert equal(weights(tmp_path / "straight"), weights(tmp_path / "split"))
@@ -230,6 +233,31 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_straight_run_bit_for_bit(c
         return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
     assert logged("split") == logged("straight")
+
+
+def test_a_resumed_run_knows_how_good_the_best_was(chats, tmp_path, monkeypatch):
+    found = itertools.chain([3.0, 2.0], itertools.repeat(2.5))
+    monkeypatch.setattr(train.Trainer, "evaluate", lambda self: (next(found), 1.0))
+    train.train(settings(chats, tmp_path / "out", epochs=0.3, eval_interval=6))
+    before = Checkpoint.load(tmp_path / "out/last.pt").training["progress"]
+    assert (before["best_loss"], before["rising"]) == (2.0, 0)
+    best = (tmp_path / "out/best_model.pt").read_bytes()
+    again = train.TrainConfig(resume=True, out_dir=str(tmp_path / "out"), device="cpu")
+    for epochs, rising in ((0.4, 1), (0.5, 2)):
+        train.train(again, {"epochs": epochs, "eval_interval": 1000})
+        after = Checkpoint.load(tmp_path / "out/last.pt").training["progress"]
+        assert (after["best_loss"], after["rising"]) == (2.0, rising)
+    assert (tmp_path / "out/best_model.pt").read_bytes() == best
+
+
+def test_a_kill_costs_at_most_a_minute_of_training(chats, tmp_path, monkeypatch):
+    saves, save = [], train.Metrics.save
+    monkeypatch.setattr(train.Metrics, "save", lambda self, name, progress: (
+        saves.append((name, progress.step)), save(self, name, progress)))
+    seconds = itertools.count(step=25.0)
+    monkeypatch.setattr(train, "agree", lambda world, real, number: (next(seconds), number))
+    train.train(settings(chats, tmp_path / "out", epochs=0.3, eval_interval=1000))
+    assert [step for name, step in saves[:2] if name == "last.pt"] == [4, 7]  # three steps are 75 seconds
 
 
 def test_killed_at_random_moments_a_run_ends_with_the_weights_of_one_never_killed(chats, tmp_path, nursery):
@@ -361,6 +389,20 @@ def test_a_run_leaves_a_model_that_opens_alone_and_every_figure(chats, tmp_path,
     assert "[第" not in said  # what the user says is not learnt
 
 
+def test_nothing_in_the_data_or_the_model_can_steer_the_terminal(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "a.jsonl"
+    turns = [{"role": role, "content": "\x1b[2J\x9b2J\x07 你好"} for role in ("user", "assistant")]
+    lines = [json.dumps({"messages": turns})] * 30 + [json.dumps({"odd \x1b[2J": 1})]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    escapes = Tokenizer.train([], 259).encode("\x1b[2J")
+    monkeypatch.setattr(GPT, "generate", lambda self, *_, **__: iter(escapes))
+    train.train(settings(path, tmp_path / "out", vocab_size=259, epochs=0.5))
+    said = capsys.readouterr().out
+    for words in ("no known form of record; its keys are: odd ␛[2J", "␛[2J�2J␇ 你好", "-> ␛[2J"):
+        assert words in said
+    assert not re.search(r"[\x07\x1b\x9b]", said)
+
+
 def test_plain_text_trains_too_however_short(tmp_path):
     (tmp_path / "short.txt").write_text("床前明月光，疑是地上霜。\n" * 6, encoding="utf-8")
     train.train(settings(tmp_path / "short.txt", tmp_path / "out", seed=10**30))
@@ -427,9 +469,25 @@ def test_a_loss_that_stays_nan_stops_the_run_with_the_last_good_checkpoint(chats
         return loss(self, *batch) * (math.nan if calls > 10 else 1)
 
     monkeypatch.setattr(GPT, "loss", soon_nan)
+    out, update = tmp_path / "out", train.Trainer.update
+
+    def stop_in_between(self, factor):
+        if calls == 22:  # of 20 in a row: the rest are to come after the resume
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, factor)
+
+    monkeypatch.setattr(train.Trainer, "update", stop_in_between)
+    with pytest.raises(SystemExit):
+        train.train(settings(chats, out, epochs=9.0, eval_interval=1000))
+    counted = Checkpoint.load(out / "last.pt").training["progress"]
+    assert 0 < counted["skipped"] == counted["skipped_in_a_row"] < 20
+    again = train.TrainConfig(resume=True, out_dir=str(out), device="cpu")
     with pytest.raises(InputError, match="NaN or infinite for 20 steps in a row; .*last.pt holds the last good state"):
-        train.train(settings(chats, tmp_path / "out", epochs=9.0))
-    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
+        train.train(again, {})
+    assert all(tensor.isfinite().all() for tensor in weights(out).values())
+    stopped = Checkpoint.load(out / "last.pt").training["progress"]
+    assert stopped["step"] == counted["step"] + 20 - counted["skipped"]
+    assert (stopped["skipped"], stopped["skipped_in_a_row"]) == (20, 0)  # and the next resume has twenty again
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -499,6 +557,7 @@ def stopped(tmp_path_factory) -> Path:
     lambda training: training.update(config=None), lambda training: training["config"].update(batch_size="many"),
     lambda training: training["config"].update(data_path=[7]), lambda training: training["config"].update(preset="x"),
     lambda training: training.update(progress=[]), lambda training: training["progress"].update(row=-1),
+    lambda training: training["progress"].update(reduced=0),
     lambda training: training["optimizers"].pop(), lambda training: training["optimizers"][0]["state"].pop(0),
     lambda training: training["optimizers"][1]["state"][0].update(exp_avg=torch.zeros(3)),
     lambda training: training["optimizers"][1]["state"][0].pop("exp_avg_sq"),
