@@ -444,15 +444,14 @@ def _chat(messages: list[Message], record: dict) -> Record:
 def _from_messages(turns: object, record: dict) -> Record:
     if not isinstance(turns, list):
         raise BadRecord(f"the conversation is {_kind(turns)}, not an array")
-    messages = []
-    for turn in turns:
+    for i, turn in enumerate(turns):
         if not isinstance(turn, dict):
             raise BadRecord(f"a message is {_kind(turn)}, not an object")
         speaker = turn.get("role", turn.get("from"))
         if not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
             raise BadRecord(f"unknown role {speaker!r:.40}")
-        messages.append({"role": SPEAKERS[speaker.lower()], "content": _content(turn)})
-    return _chat(messages, record)
+        turns[i] = {"role": SPEAKERS[speaker.lower()], "content": _content(turn)}  # never two copies of a million
+    return _chat(turns, record)
 
 
 def _from_pair(question: str, answer: str, record: dict) -> Record:
@@ -515,7 +514,9 @@ def to_record(value: object) -> Record:
 
 JSON = json.JSONDecoder()
 TOO_DEEP = "nested too deeply"
+TOO_MANY_BRACKETS = "more than two million brackets"
 RECORD_LIMIT = 1 << 26  # characters of one JSON record; a longer one is skipped
+BRACKET_LIMIT = 1 << 21  # of a JSON record, for the same reason: as an object in memory each takes up to 200 bytes
 BLOCK = 1 << 20  # bytes or characters read at once
 UNDECODABLE = "\udcff"  # stands for a byte that is not text in the file's encoding; no decoder gives it otherwise
 codecs.register_error("mark-undecodable", lambda error: (UNDECODABLE, error.end))
@@ -604,6 +605,9 @@ def _read_json_lines(stream: io.BufferedReader, encoding: str) -> Iterator[tuple
             continue
         if not line.strip():
             continue
+        if _has_too_many_brackets(line):
+            yield number, BadRecord(TOO_MANY_BRACKETS)
+            continue
         try:
             if isinstance(line, bytes):
                 line = _decode_line(line, encoding)
@@ -614,6 +618,11 @@ def _read_json_lines(stream: io.BufferedReader, encoding: str) -> Iterator[tuple
             yield number, BadRecord(TOO_DEEP)
         except ValueError as error:
             yield number, BadRecord(f"broken JSON ({getattr(error, 'msg', error)})")
+
+
+def _has_too_many_brackets(text: Union[bytes, str]) -> bool:
+    brackets = (b"{", b"[") if isinstance(text, bytes) else ("{", "[")
+    return len(text) > BRACKET_LIMIT and sum(map(text.count, brackets)) > BRACKET_LIMIT
 
 
 def _decode_line(line: bytes, encoding: str) -> str:
@@ -628,8 +637,10 @@ def _decode_line(line: bytes, encoding: str) -> str:
 def _parse_value(text: str, at: int) -> tuple[object, int, str]:
     """The JSON value that starts there and where it ends, or why there is none and how far it could be one."""
     # Making the error counts all lines before it: cheap only in a short part, and junk makes many errors.
-    for size in (1 << 12, 1 << 16, len(text)):
+    for size in (1 << 12, 1 << 16, 1 << 20, len(text)):
         part = text[at:at + size]
+        if _has_too_many_brackets(part):
+            return None, at, TOO_MANY_BRACKETS
         try:
             value, end = JSON.raw_decode(part)
             return value, at + end, ""
@@ -710,7 +721,7 @@ def _read_table(stream: io.BufferedReader, encoding: str) -> Iterator[tuple[int,
 
 
 def _cell(name: str, cell: str) -> object:
-    if name.strip() not in ("messages", "conversations", "history"):
+    if name.strip() not in ("messages", "conversations", "history") or _has_too_many_brackets(cell):
         return cell
     try:
         return json.loads(cell or "null")
@@ -1105,7 +1116,8 @@ def _encode_records(tokenizer: Tokenizer, records: list[Record], dtype: np.dtype
         parts.append((sum(lengths[first:]), TEXT if record.messages is None else CHAT, record.closes))
     ids = np.concatenate(pieces)
     supervised = np.repeat(np.array(learnt, np.uint8), lengths)
-    return ids.astype(dtype), supervised, parts, int(tokenizer.token_byte_lengths[ids].sum())
+    sizes = (tokenizer.token_byte_lengths[ids[at:at + BLOCK]] for at in range(0, len(ids), BLOCK))  # 12 bytes each
+    return ids.astype(dtype), supervised, parts, sum(int(part.sum()) for part in sizes)
 
 
 def _open_tokenizer(path: Path) -> Optional[Tokenizer]:

@@ -43,7 +43,7 @@ from model import Checkpoint, InputError  # noqa: E402
 
 LIMIT = 60  # seconds a case may take, far above what any needs, for a machine that has other work too
 LIMIT_LARGE = 600
-MEMORY = 200  # MB a case may add; a large one also 30 bytes for each of its longest record
+MEMORY = 200  # MB a case may add; a large one also 20 bytes for each of its longest record
 LINE_MB, RECORDS = 50, 1_000_000  # sizes of the kinds "one long line" and "tiny records"
 
 
@@ -606,7 +606,7 @@ class Runner:
             before, began = reset_peak(), time.perf_counter()
             refused = self.act(name, case)
             seconds, grown = time.perf_counter() - began, peak() - before
-            bound = MEMORY + 30 * case.longest / 1e6
+            bound = MEMORY + 20 * case.longest / 1e6
             demand(grown <= bound, f"{grown:.0f} MB of memory, more than {bound:.0f}")
             return Outcome(refused, case.good.total(), seconds, grown)
         except Exception:

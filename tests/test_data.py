@@ -570,6 +570,17 @@ def test_a_record_past_the_limit_is_skipped_and_the_next_one_read(tmp_path, monk
     assert read(tmp_path / "b.json", skipped=1) == ["short", "after"]
 
 
+def test_a_record_of_brackets_alone_is_skipped_before_it_fills_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BRACKET_LIMIT", 1 << 17)
+    good, bad = '{"text": "good"}', '{"messages": [' + "{}," * (1 << 18) + "{}]}"
+    monkeypatch.setattr(data.json, "loads", lambda text, real=json.loads: real(text) if len(text) < 1 << 18 else 1 / 0)
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{bad}\n{good}\n")
+    (tmp_path / "b.json").write_text(f"[{good},\n{bad},\n{good}]")
+    (tmp_path / "c.csv").write_text(f'id,messages,text\n1,"{bad[13:-1]}",\n2,,good\n')
+    for name, count in (("a.jsonl", 2), ("b.json", 2), ("c.csv", 1)):
+        assert read(tmp_path / name, skipped=1) == ["good"] * count
+
+
 @pytest.mark.parametrize("run", ["a", " ", "\n", "好", "a1", "\t ", "'s", "^", "\u3000"])
 def test_a_run_without_end_is_encoded_and_trained_on_in_its_length(tokenizer, run):
     text = run * (150_000 // len(run))
