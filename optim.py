@@ -1,6 +1,6 @@
-"""The optimizers of train.py: Muon for the matrices inside the blocks, AdamW for embeddings and norms."""
+"""The optimizers of train.py: Muon for the matrices inside the blocks, an Adam of its own for embeddings and norms."""
 
-from typing import List, Sequence
+from typing import List, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -78,9 +78,42 @@ class Muon(torch.optim.Optimizer):
             parameter.mul_(1 - group["lr"] * group["weight_decay"] * ok).sub_(update * (group["lr"] * ok))
 
 
+class FlooredAdam(torch.optim.Optimizer):
+    """Adam (Kingma & Ba 2014, arXiv 1412.6980) that divides by sqrt(v) + `floor` times its root mean square.
+
+    Plain Adam moves each element at the full rate however faint its gradient. The softmax pushes every token that a
+    batch does not hold a little one way: rare tokens would all go there and end alike (cf. Stollenwerk & Stollenwerk
+    2025, arXiv 2502.08441, who share one v among all tokens, which slows rare ones where they do occur).
+    `found_inf` is that of Muon.
+    """
+
+    found_inf: Tensor
+
+    def __init__(self, parameters: Sequence[Tensor], lr: float, betas: Tuple[float, float] = (0.9, 0.95),
+                 floor: float = 0.1):
+        super().__init__(parameters, dict(lr=lr, betas=betas, floor=floor))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        ok = 1.0 - self.found_inf
+        for group in self.param_groups:
+            (beta1, beta2), floor = group["betas"], group["floor"]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+                state["step"] += 1
+                grad = torch.where(ok > 0, parameter.grad, 0.0)
+                mean = state["exp_avg"].lerp_(grad, (1 - beta1) * ok)
+                square = state["exp_avg_sq"].lerp_(grad.square(), (1 - beta2) * ok)
+                divisor = square.sqrt().add_(square.mean().sqrt() * floor + 1e-12)
+                rate = group["lr"] * (1 - beta2 ** state["step"]) ** 0.5 / (1 - beta1 ** state["step"])
+                parameter.sub_(mean.div(divisor).mul_(ok * rate))
+
+
 def make_optimizers(model: GPT, learning_rate: float, embedding_lr: float,
                     weight_decay: float) -> List[torch.optim.Optimizer]:
-    """[Muon, AdamW] over all parameters of the model. Weight decay goes to matrices alone."""
+    """[Muon, FlooredAdam] over all parameters of the model. Weight decay goes to matrices alone."""
     config, matrices, others = model.config, [], []
     kv = config.n_kv_head * config.head_dim
     rows = {"attention.qkv.weight": [config.n_head * config.head_dim, kv, kv], "ffn.gate_up.weight": [config.d_ff] * 2}
@@ -91,8 +124,8 @@ def make_optimizers(model: GPT, learning_rate: float, embedding_lr: float,
         else:
             others.append(parameter)
     muon = Muon(matrices, lr=learning_rate, weight_decay=weight_decay)
-    adamw = torch.optim.AdamW(others, lr=embedding_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
-    for optimizer in (muon, adamw):
+    adam = FlooredAdam(others, lr=embedding_lr)
+    for optimizer in (muon, adam):
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]  # what the schedule scales
-    return [muon, adamw]
+    return [muon, adam]

@@ -86,7 +86,7 @@ class TrainConfig:
                                        choices=["gpt2", "cl100k_base", "o200k_base"])
     vocab_size: Optional[int] = setting(None, "size of the trained BPE (default: from the size of the data)")
     learning_rate: Optional[float] = setting(None, "peak learning rate of Muon, for the matrices in the blocks")
-    embedding_lr: Optional[float] = setting(None, "peak learning rate of AdamW, for embeddings and norms")
+    embedding_lr: Optional[float] = setting(None, "peak learning rate of Adam, for embeddings and norms")
     weight_decay: float = setting(0.1, "of the matrices, times the learning rate")
     warmup: float = setting(0.02, "share of the run in which the learning rate rises")
     grad_clip: float = setting(1.0, "largest norm of the gradient")

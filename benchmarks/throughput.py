@@ -6,7 +6,7 @@
 
 Each side lives in a process of its own and takes a turn after the others, so that neither settings nor a change of the
 machine's speed favour one; a ratio is the median of the ratios of the rounds. `gradients` is forward, loss and
-backward; `step` is also clipping and the optimizer, each side's own (ours Muon with AdamW, the others AdamW). A model's
+backward; `step` is also clipping and the optimizer, each side's own (ours Muon with Adam, the others AdamW). A model's
 FLOPs are 6 a parameter and token, and 6 L T C a token for causal attention. float32 on a CPU; on a GPU bfloat16 by
 autocast, and a turn is ten steps between which the host does not wait.
 """

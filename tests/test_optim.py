@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optim import Muon, make_optimizers, orthogonalize
+from optim import FlooredAdam, Muon, make_optimizers, orthogonalize
 
 SIZES = dict(vocab_size=61, context_length=16, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=40, head_dim=8)
 
@@ -41,14 +41,15 @@ def a_model_with_gradients() -> GPT:
 def test_one_step_is_the_plain_formula_for_every_matrix_and_fused_rows_are_matrices_of_their_own():
     model = a_model_with_gradients()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    muon, adamw = make_optimizers(model, learning_rate=0.1, embedding_lr=0.01, weight_decay=0.5)
-    muon.found_inf = adamw.found_inf = torch.zeros(())
+    muon, adam = make_optimizers(model, learning_rate=0.1, embedding_lr=0.01, weight_decay=0.5)
+    muon.found_inf = adam.found_inf = torch.zeros(())
     muon.step()
-    adamw.step()
+    adam.step()
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or not name.startswith("blocks."):
-            change = (parameter - before[name]).abs()
-            torch.testing.assert_close(change, torch.full_like(change, 0.01), atol=1e-5, rtol=1e-3)
+            grad = parameter.grad  # in the first step Adam's moments are those of this one gradient
+            plain = grad / (grad.abs() + 0.1 * grad.square().mean().sqrt())
+            torch.testing.assert_close(parameter.data, before[name] - 0.01 * plain, atol=1e-6, rtol=1e-4)
             continue
         rows = [32, 16, 16] if "qkv" in name else [40, 40] if "gate_up" in name else [parameter.size(0)]
         momentum = 0.05 * parameter.grad
@@ -56,6 +57,31 @@ def test_one_step_is_the_plain_formula_for_every_matrix_and_fused_rows_are_matri
         update = torch.cat([orthogonalize(part[None])[0] * max(1.0, part.size(0) / part.size(1)) ** 0.5
                             for part in nesterov.split(rows)])
         torch.testing.assert_close(parameter.data, before[name] * (1 - 0.1 * 0.5) - 0.1 * update, atol=1e-5, rtol=1e-4)
+
+
+def test_with_no_floor_adam_is_that_of_torch():
+    torch.manual_seed(0)
+    ours, theirs = (torch.ones(4, 3, requires_grad=True) for _ in range(2))
+    adam, reference = FlooredAdam([ours], lr=0.01, floor=0.0), torch.optim.Adam([theirs], 0.01, (0.9, 0.95), 1e-12)
+    adam.found_inf = torch.zeros(())
+    for _ in range(5):
+        ours.grad = torch.randn(4, 3)
+        theirs.grad = ours.grad.clone()
+        adam.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_an_embedding_with_faint_gradients_keeps_its_place_while_one_in_use_moves():
+    table = torch.zeros(50, 8, requires_grad=True)
+    adam = FlooredAdam([table], lr=0.01)
+    adam.found_inf = torch.zeros(())
+    for _ in range(20):
+        table.grad = torch.full((50, 8), 1e-4)
+        table.grad[0] = 1.0
+        adam.step()
+    assert table[0].abs().min() > 0.15
+    assert table[1:].abs().max() < 0.003
 
 
 def test_every_parameter_has_exactly_one_optimizer():
