@@ -280,14 +280,20 @@ class GPT(nn.Module):
 
     @torch.jit.unused
     def reset_parameters(self) -> None:
-        """Normal(0, 0.02), and zero for what writes into the residual stream: each block starts as the identity."""
+        """Normal(0, 0.02), and zero for what writes into the residual stream: each block starts as the identity.
+
+        Narrow models get an embedding that is larger and, as much, a final norm that is smaller: rare tokens keep much
+        of where they start, and would be hard to tell apart at 0.02.
+        """
+        embedding_std = max(0.02, min(0.1, 12.8 / self.config.d_model))
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
                 nn.init.ones_(parameter)
             elif name.endswith(("attention.out.weight", "ffn.down.weight")):
                 nn.init.zeros_(parameter)
             else:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=embedding_std if name == "token_embedding.weight" else 0.02)
+        nn.init.constant_(self.final_norm.weight, 0.02 / embedding_std)
 
     def hidden(self, input_ids: Tensor, cache: Optional[KVCache] = None, mask: Optional[Tensor] = None) -> Tensor:
         """The normed last layer (B, T, C) for ids (B, T). With a cache the ids follow the positions it holds."""

@@ -90,7 +90,7 @@ class FlooredAdam(torch.optim.Optimizer):
     found_inf: Tensor
 
     def __init__(self, parameters: Sequence[Tensor], lr: float, betas: Tuple[float, float] = (0.9, 0.95),
-                 floor: float = 0.1):
+                 floor: float = 0.3):
         super().__init__(parameters, dict(lr=lr, betas=betas, floor=floor))
 
     @torch.no_grad()

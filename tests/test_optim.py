@@ -48,7 +48,7 @@ def test_one_step_is_the_plain_formula_for_every_matrix_and_fused_rows_are_matri
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or not name.startswith("blocks."):
             grad = parameter.grad  # in the first step Adam's moments are those of this one gradient
-            plain = grad / (grad.abs() + 0.1 * grad.square().mean().sqrt())
+            plain = grad / (grad.abs() + 0.3 * grad.square().mean().sqrt())
             torch.testing.assert_close(parameter.data, before[name] - 0.01 * plain, atol=1e-6, rtol=1e-4)
             continue
         rows = [32, 16, 16] if "qkv" in name else [40, 40] if "gate_up" in name else [parameter.size(0)]
