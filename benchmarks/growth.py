@@ -85,10 +85,10 @@ def measured(options: argparse.Namespace) -> None:
 
 
 def update_flops(size: str) -> float:
-    """Of Muon, for one update: five times x x^T, its square, and their product with x, for each matrix of a block."""
+    """Of Muon, for one update: as often as it has polynomials x x^T, its square, and their product with x, a matrix."""
     config = shape(size, 2)
     shapes = [(config.d_model, config.d_model)] * 4 + [(config.d_model, config.d_ff)] * 3
-    return config.n_layer * sum(5 * (4 * rows**2 * columns + 2 * rows**3) for rows, columns in shapes)
+    return config.n_layer * sum(len(POLAR_EXPRESS) * (4 * rows**2 * columns + 2 * rows**3) for rows, columns in shapes)
 
 
 def on_paper(tflops: float) -> None:
