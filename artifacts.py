@@ -187,7 +187,8 @@ def open_transformers(path: Path, device: str) -> Runtime:
             path, dtype=torch.float32 if device == "cpu" else "auto", trust_remote_code=False, local_files_only=True,
             use_safetensors=True, output_loading_info=True)
     except Exception as error:  # whatever a damaged folder makes the library raise
-        raise InputError(f"{path}: transformers cannot load it ({str(error).strip().splitlines()[0]:.200})") from error
+        what = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: transformers cannot load it ({what:.200})") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         raise InputError(f"{path}: model.safetensors lacks {len(info['missing_keys'])} of the model's weights")
     model = model.to(device).eval()

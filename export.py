@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from data import Tokenizer, render_chat
-from formats import FORMATS, Format, Source, writing
+from formats import FORMATS, Format, Source, first_line, writing
 from model import Checkpoint, InputError
 
 # ----------------------------------------------------------------------------------------------------- proving
@@ -300,7 +300,6 @@ class Staging:
 
     def put_in_place(self, targets: List[str]) -> None:
         """Replaces all targets, or none: an error or a kill between two renames is undone, at once or at next start."""
-        targets = [name for target in targets for name in (target, target + ".data")]
         old = [name for name in targets if os.path.lexists(self.output_dir / name)]
         new = [name for name in targets if (self.made / name).exists()]
         try:
@@ -383,7 +382,7 @@ def export(source: Source, formats: List[Format], output_dir: Path) -> List[dict
                 if running:
                     previous, probe, seconds_written = running
                     row = judge(previous, probe, staging.folder, expectation)
-                    parts = (staging.made / name for name in (previous.target, previous.target + ".data"))
+                    parts = (staging.made / name for name in previous.targets)
                     rows.append({**row, "seconds": round(seconds_written + row["seconds"], 2),
                                  "bytes": sum(size_of(part) for part in parts)})
                     print(f"{previous.name}: {'FAILED' if row['problems'] else 'proven'}", file=sys.stderr, flush=True)
@@ -394,13 +393,11 @@ def export(source: Source, formats: List[Format], output_dir: Path) -> List[dict
                 running[1].wait()
         passed = not any(row["problems"] for row in rows)
         report = {"torch": torch.__version__, "passed": passed, "formats": rows}
-        with writing(output_dir / "export_report.json"):
-            report_path = staging.folder / "export_report.json"
+        report_path = staging.made / "export_report.json"
+        with writing(report_path):
             report_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if passed:
-            staging.put_in_place([format.target for format in formats])
-        with writing(output_dir / "export_report.json"):
-            os.replace(report_path, output_dir / "export_report.json")
+        results = [name for format in formats for name in format.targets] if passed else []
+        staging.put_in_place([*results, report_path.name])  # together, so that the report tells of what is there
     return rows
 
 
@@ -415,7 +412,7 @@ def push(folder: Path, name: str) -> str:
         repository = api.create_repo(name, exist_ok=True)
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder)
     except Exception as error:  # whatever the network, the name or the login makes it raise
-        raise InputError(f"--push_to_hub {name}: {str(error).strip().splitlines()[0]:.200} "
+        raise InputError(f"--push_to_hub {name}: {first_line(error)} "
                          "(`hf auth login` logs in; the export itself is in place)") from error
     return str(repository)
 

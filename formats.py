@@ -62,11 +62,18 @@ class Source:
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns what a full disk or a read-only place makes the libraries raise into an InputError."""
-    from safetensors import SafetensorError
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch: RuntimeError, safetensors: its own
-        raise InputError(f"cannot write {path.name}: {str(error).splitlines()[0]:.200}") from error
+    except Exception as error:
+        # torch raises RuntimeError; safetensors its own, not imported here as two of the formats do without it.
+        if not isinstance(error, (OSError, RuntimeError)) and type(error).__name__ != "SafetensorError":
+            raise
+        raise InputError(f"cannot write {path.name}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, cut short; its name if it says nothing, as those of a lost connection may."""
+    return f"{(str(error).strip() or type(error).__name__).splitlines()[0]:.200}"
 
 
 # -------------------------------------------------------------------------------------------------- weight map
@@ -174,7 +181,7 @@ def load_transformers(folder) -> GPT:
         for path in sorted(Path(folder).glob("*.safetensors")):
             weights |= load_file(path)
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise InputError(f"{folder}: not a transformers folder ({str(error).splitlines()[0]:.200})") from error
+        raise InputError(f"{folder}: not a transformers folder ({first_line(error)})") from error
     config = from_transformers_config(values, str(folder))
     if config.tie_embeddings:
         weights.pop("lm_head.weight", None)
@@ -518,13 +525,18 @@ class Format:
     """One row of FORMATS. The probe runs after the snippet, which is the README's too; PROBE in export.py says more."""
 
     name: str
-    target: str  # below output_dir; a folder or a file (beside which may stand a file `target`.data)
+    target: str  # below output_dir; a folder or a file
     packages: Tuple[str, ...]
     write: Callable[[Source, Path], None]
     snippet: str
     probe: str
     is_folder: bool = False
     uses_project: bool = False  # whether the snippet imports this project's own model.py
+
+    @property
+    def targets(self) -> Tuple[str, str]:
+        """All that stands below output_dir once the format is there; the second name only beyond ONNX_FILE_LIMIT."""
+        return self.target, self.target + ".data"
 
 
 FORMATS = {format.name: format for format in (

@@ -298,7 +298,7 @@ def test_beyond_one_file_onnx_puts_its_weights_beside_it_and_a_later_export_clea
     assert (tmp_path / "out/model.onnx.data").exists()
     with Staging(tmp_path / "out") as staging:
         (staging.made / "model.onnx").write_bytes(b"new")
-        staging.put_in_place(["model.onnx"])
+        staging.put_in_place(FORMATS["onnx"].targets)
     assert (tmp_path / "out/model.onnx").read_bytes() == b"new"
     assert not (tmp_path / "out/model.onnx.data").exists()
 
@@ -492,9 +492,9 @@ def test_a_kill_between_two_renames_leaves_all_old_or_all_new(tmp_path, monkeypa
     monkeypatch.setattr(Staging, "undo", lambda self: None)  # a dead process undoes nothing
     if at <= 6:
         with pytest.raises(Killed):
-            staging.put_in_place(["a", "b"])
+            staging.put_in_place(["a", "b", "b.data"])
     else:
-        staging.put_in_place(["a", "b"])
+        staging.put_in_place(["a", "b", "b.data"])
     staging.lock.close()
     monkeypatch.undo()
     with Staging(out):
@@ -502,6 +502,22 @@ def test_a_kill_between_two_renames_leaves_all_old_or_all_new(tmp_path, monkeypa
     new = {"a/x": b"new", "b": b"new", "b.data": b"new"}
     assert contents(out) == (new if at == 7 else {"a/x": b"old", "b": b"old"})
     assert not (out / ".exporting").exists()
+
+
+@pytest.mark.parametrize("problems", [[], ["wrong"]])
+def test_the_report_is_replaced_together_with_the_results(checkpoint, tmp_path, monkeypatch, problems):
+    monkeypatch.setattr(export, "write_expectation", lambda *_: None)
+    monkeypatch.setattr(export, "start_probe", lambda *_: subprocess.Popen([sys.executable, "-I", "-c", ""]))
+    monkeypatch.setattr(export, "judge", lambda *_: {"seconds": 0.0, "problems": problems})
+    moves, put_in_place = [], Staging.put_in_place
+    monkeypatch.setattr(Staging, "put_in_place", lambda self, names: (moves.append(names), put_in_place(self, names)))
+    (tmp_path / "model.pt").write_bytes(b"old")
+    (tmp_path / "export_report.json").mkdir()  # even this gives way
+    made = replace(FORMATS["torchscript"], write=lambda source, path: path.write_bytes(b"new"))
+    export.export(open_source(str(checkpoint), None), [made], tmp_path)
+    assert (tmp_path / "model.pt").read_bytes() == (b"old" if problems else b"new")
+    assert json.loads((tmp_path / "export_report.json").read_text())["passed"] is not bool(problems)
+    assert ["export_report.json" in names for names in moves] == [True]
 
 
 def test_an_interrupted_export_changes_nothing_and_leaves_no_litter(checkpoint, tmp_path):
@@ -589,6 +605,14 @@ def test_a_missing_package_is_named_with_its_pip_install(checkpoint, capsys, mon
     assert [format.name for format in chosen] == ["huggingface", "transformers", "torchscript"]
 
 
+def test_a_format_that_does_without_safetensors_does_not_ask_for_it(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # makes importing it fail
+    formats.write_torchscript(open_source(str(checkpoint), None), tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").stat().st_size > 50_000
+    with pytest.raises(InputError, match="^cannot write nowhere: "), formats.writing(tmp_path / "nowhere"):
+        (tmp_path / "nowhere/at all").write_text("")
+
+
 def test_a_full_disk_is_one_line_and_the_previous_export_stays(checkpoint, tmp_path, capsys, monkeypatch):
     (tmp_path / "model.pt").write_text("previous")
     arguments = ["--model_path", checkpoint, "--output_dir", tmp_path, "--format"]
@@ -645,6 +669,8 @@ def test_pushing_uploads_the_exported_folder_and_nothing_else(checkpoint, tmp_pa
         assert exist_ok
         if repo_id == "forbidden":
             raise OSError("401 Client Error\nmore")
+        if repo_id == "cut":
+            raise TimeoutError
         return RepoUrl(f"https://huggingface.co/me/{repo_id}")
 
     def upload_folder(self, repo_id, folder_path):
@@ -660,6 +686,8 @@ def test_pushing_uploads_the_exported_folder_and_nothing_else(checkpoint, tmp_pa
     assert uploads == [("me/it", tmp_path / "huggingface"), ("me/it", tmp_path / "transformers")]
     assert main([*arguments, "forbidden"]) == 2
     assert "--push_to_hub forbidden: 401 Client Error (`hf auth login` logs in" in capsys.readouterr().err
+    assert main([*arguments, "cut"]) == 2
+    assert "--push_to_hub cut: TimeoutError (" in capsys.readouterr().err
     assert len(uploads) == 2
 
 
