@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402 - found through the line above
 from model import GPT, GPTConfig  # noqa: E402
+from optim import POLAR_EXPRESS  # noqa: E402
 
 # blocks, width, vocabulary; heads of 64, a feed-forward layer of 8/3
 SIZES = {"2m": (4, 192, 4096), "10m": (6, 320, 6400), "26m": (8, 512, 6400), "64m": (8, 768, 6400),
