@@ -9,6 +9,7 @@
 
 import argparse
 import json
+import locale
 import math
 import os
 import select
@@ -57,6 +58,8 @@ class Settings:
         """Sets a field from what a user typed, or InputError."""
         if name not in SETTINGS:
             raise InputError(f"there is no setting {name!r:.40}; there are {', '.join(SETTINGS)}")
+        if text == "none" and SETTINGS[name].default is None:
+            return setattr(self, name, None)
         low, high = SETTINGS[name].metadata["low"], SETTINGS[name].metadata["high"]
         kind = float if SETTINGS[name].type is float else int
         try:
@@ -65,7 +68,8 @@ class Settings:
             value = math.nan
         if not low <= value <= high:
             what = "a number" if kind is float else "a whole number"
-            raise InputError(f"{name} must be {what} from {low} to {high}, not {text!r:.40}")
+            none = ", or none" if SETTINGS[name].default is None else ""
+            raise InputError(f"{name} must be {what} from {low} to {high}{none}, not {text!r:.40}")
         setattr(self, name, value)
 
 
@@ -202,11 +206,16 @@ class Session:
 
 # ---------------------------------------------------------------------------------------------------- terminal
 
+def is_plain() -> bool:
+    """Whether the user, or the terminal, wants no colours."""
+    return "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+
+
 def say(text: str) -> None:
     """A word of the program itself, beside the conversation: on stderr, so that replies pipe alone."""
     sys.stdout.flush()
     text = harmless(text)
-    dim = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    dim = sys.stderr.isatty() and not is_plain()
     print(f"\033[2m{text}\033[0m" if dim else text, file=sys.stderr, flush=True)
 
 
@@ -228,12 +237,15 @@ class Console:
         self.prompt = "> "
         if not self.interactive:
             return
+        if locale.setlocale(locale.LC_CTYPE) == "C" and sys.stdin.encoding.lower() == "utf-8":
+            os.environ["LC_ALL"] = "C.UTF-8"  # or readline, which asks again, takes Chinese for keys with Alt
         try:
             import readline
         except ImportError:  # Windows, whose console edits lines itself
             return
-        readline.parse_and_bind("set enable-bracketed-paste on")
-        if "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
+        marks = "off" if os.environ.get("TERM") == "dumb" else "on"  # asked for by an escape sequence
+        readline.parse_and_bind(f"set enable-bracketed-paste {marks}")
+        if not is_plain():
             self.prompt = "\001\033[1m\002> \001\033[0m\002"  # the marks keep escapes out of readline's widths
 
     def read(self) -> str:
@@ -268,6 +280,8 @@ def reply(session: Session, text: str) -> str:
         write("\n")
     if why:
         say(f"({why})")
+    if why == STOPPED and not sys.stdin.isatty():  # whoever pipes in a hundred messages means them all
+        raise KeyboardInterrupt
     if session.left_out and not left_out:
         say(f"(the context of {session.runtime.context_length} tokens is full: the oldest turns now fall out of it)")
     return why
@@ -279,11 +293,12 @@ def reply(session: Session, text: str) -> str:
 def show_help(session: Session, argument: str) -> None:
     for name, (what, help, _) in COMMANDS.items():
         say(f"{name + ' ' + what:<20}{help}")
-    say("A message that begins with / is typed with // in front. Ctrl-C stops a reply, Ctrl-D ends.")
+    say("Ctrl-C stops a reply, Ctrl-D ends. Lines pasted together are one message.\n"
+        "For a message that begins with /, type // in its place.")
 
 
 def reset(session: Session, argument: str) -> None:
-    session.turns, session.left_out = [], 0
+    session.turns, session.left_out, session.runtime.held = [], 0, []
     say("(a new conversation)")
 
 
@@ -341,14 +356,15 @@ def set_value(session: Session, argument: str) -> None:
         if name == "seed":
             session.reseed()
     for shown in [name] if name in SETTINGS else SETTINGS:
-        say(f"({shown} = {getattr(session.settings, shown)})")
+        value = getattr(session.settings, shown)
+        say(f"({shown} = {'none' if value is None else value})")
 
 
 def show_statistics(session: Session, argument: str) -> None:
     runtime = session.runtime
     say(f"model: {runtime.kind}, vocabulary of {runtime.tokenizer.vocab_size} tokens")
-    say(f"conversation: {len(session.turns)} turns, the oldest {session.left_out} forgotten; {len(runtime.held)} of "
-        f"{runtime.context_length} tokens in use")
+    say(f"turns: {len(session.turns)}, of them forgotten: {session.left_out}; tokens in use: {len(runtime.held)} of "
+        f"{runtime.context_length}")
     say(f"last reply: {session.last_reply}")
 
 
@@ -359,7 +375,7 @@ def quit_chat(session: Session, argument: str) -> None:
 COMMANDS = {
     "/help": ("", "this list", show_help),
     "/reset": ("", "start a new conversation; the system prompt stays", reset),
-    "/system": ("TEXT", "tell the model who it is; without TEXT, nothing", set_system),
+    "/system": ("TEXT", "tell the model who it is; without TEXT, take that back", set_system),
     "/retry": ("", "drop the last reply and draw another", retry),
     "/save": ("FILE", "add the conversation to a .jsonl that train.py can read", save),
     "/set": ("NAME VALUE", "change a setting; /set alone shows them all", set_value),
@@ -390,6 +406,8 @@ def converse(session: Session, console: Console) -> None:
         except InputError as error:
             say(str(error))
         except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
             print()
             say("(Ctrl-D or /quit ends the chat)")
         except EOFError:
@@ -457,14 +475,20 @@ def main(arguments: Optional[List[str]] = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output has had enough
+    except OSError as error:  # of the standard streams, as all else that opens files says why itself
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        if isinstance(error, BrokenPipeError):  # the reader of our output has had enough
+            return 1
+        say(f"chat.py: cannot read or write: {error.strerror or error}")
+        return 2
     return 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # Chinese also where the system's encoding is another
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name) or open(os.devnull, mode)  # where the caller has closed it
+        setattr(sys, name, stream)
+        # Chinese also where the system's encoding is another
         stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     sys.exit(main())

@@ -533,6 +533,34 @@ def test_a_reader_that_leaves_early_is_no_error(tiny_checkpoint):
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(os.name == "nt", reason="sends a signal as a terminal does: Linux, macOS")
+def test_ctrl_c_ends_a_chat_whose_messages_come_from_a_pipe(tiny_checkpoint):
+    child = subprocess.Popen([sys.executable, str(ROOT / "chat.py"), "--model_path", str(tiny_checkpoint), "--top_k",
+                              "20", "--temperature", "1", "--max_new_tokens", "2000"],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdin.write(b"a\nb\nc\n")
+    child.stdin.flush()
+    assert child.stdout.read(1)  # the first reply has begun
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=60)[1] == b"(stopped)\n"
+    assert child.returncode == 130
+
+
+@pytest.mark.skipif(os.name == "nt", reason="closes streams as a POSIX shell does: Linux, macOS")
+def test_closed_streams_are_no_traceback(trained):
+    done = subprocess.run(f"{sys.executable} {ROOT / 'chat.py'} --model_path {trained} --prompt - <&- >&-",
+                          shell=True, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (2, b"chat.py: the prompt is empty\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to a device that is always full: Linux")
+def test_a_reply_that_cannot_be_written_is_one_line(trained, monkeypatch, capsys):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert chat.main(["--model_path", str(trained), "--prompt", "hello"]) == 2
+    assert capsys.readouterr().err == "chat.py: cannot read or write: No space left on device\n"
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="sees in /proc that the program is starting: Linux")
 def test_ctrl_c_while_the_program_starts_ends_it_without_a_word(trained):
     child = subprocess.Popen([sys.executable, str(ROOT / "chat.py"), "--model_path", str(trained)],
@@ -549,8 +577,8 @@ def terminal():
     """Opens the program in a pseudo-terminal of its own."""
     children = []
 
-    def start(*arguments, cwd=None) -> pexpect.spawn:
-        environment = {**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8"}
+    def start(*arguments, cwd=None, **environment) -> pexpect.spawn:
+        environment = {**os.environ, "TERM": "xterm", "LC_ALL": "C.UTF-8", **environment}
         child = pexpect.spawn(sys.executable, [str(ROOT / "chat.py"), *map(str, arguments)], encoding="utf-8",
                               timeout=60, cwd=cwd and str(cwd), env=environment, dimensions=(40, 120))
         children.append(child)
@@ -565,7 +593,7 @@ def terminal():
 
 def prompt(child) -> str:
     """Waits for the next prompt; what was shown before it."""
-    child.expect(r"\x1b\[1m> \x1b\[0m")
+    child.expect(r"\x1b\[1m> \x1b\[0m|\n> ")  # the latter in a terminal without colours
     return child.before
 
 
@@ -580,15 +608,17 @@ def test_a_person_talks_saves_retries_resets_and_quits(trained, terminal, tmp_pa
     assert "你叫小明。" in say(child, "我叫什么？")
     assert "你叫小明。" in say(child, "/retry")
     assert "saved" in say(child, "/save talk.jsonl")
-    assert "2 turns" in say(child, "/stats")
+    assert "turns: 2," in say(child, "/stats")
     assert "max_new_tokens = 9" in say(child, "/set max_new_tokens 9")
     assert "temperature must be" in say(child, "/set temperature x")
     assert "no setting" in say(child, "/set colour red")
     assert "/retry" in say(child, "/help")
     assert "no command /fly" in say(child, "/fly")
     assert "system prompt is set" in say(child, "/system 你叫小智")
+    assert "seed = 3" in say(child, "/set seed 3")
+    assert "seed = none" in say(child, "/set seed none")
     say(child, "/reset")
-    assert "0 turns" in say(child, "/stats")
+    assert "turns: 0, of them forgotten: 0; tokens in use: 0 of 192" in say(child, "/stats")
     assert "no reply yet" in say(child, "/retry")
     child.sendline("/quit")
     child.expect(pexpect.EOF)
@@ -604,7 +634,7 @@ def test_ctrl_c_stops_a_reply_and_ctrl_d_ends(tiny_checkpoint, terminal):
     child.expect(r"(?s)hello\r\n.{30}")  # the reply has begun
     child.sendintr()
     assert "(stopped)" in prompt(child)
-    assert "1 turns" in say(child, "/stats")
+    assert "turns: 1," in say(child, "/stats")
     child.send("half a line")
     child.expect_exact("half a line")
     time.sleep(0.2)  # faster than a person, the signal would come between two of Python's looks for one
@@ -623,10 +653,24 @@ def test_a_paste_of_several_chinese_lines_is_one_message(trained, terminal, past
     child = terminal("--model_path", trained, "--greedy")
     child.send(paste)
     assert "我看到了两行。" in prompt(child)
-    assert "1 turns" in say(child, "/stats")
+    assert "turns: 1," in say(child, "/stats")
 
 
-def test_wide_characters_are_erased_whole(trained, terminal):
+def test_wide_characters_are_erased_whole_stepped_over_and_recalled(trained, terminal):
     child = terminal("--model_path", trained, "--greedy")
-    child.send("叫小狗\x7f明\x01我\n")
+    home, end, left, up = "\x1b[H", "\x1b[F", "\x1b[D", "\x1b[A"
+    child.send(f"小狗{home}我{left}\x04我{end}\x7f明{left}{left}叫{home}\x04我\n")
     assert "你好，小明！" in prompt(child)
+    say(child, "/reset")
+    assert "nothing to save" in say(child, "/save")
+    child.send(f"{up}{up}{up}\n")
+    assert "你好，小明！" in prompt(child)
+
+
+def test_a_terminal_without_colours_or_language_edits_chinese_and_gets_no_escape(trained, terminal):
+    child = terminal("--model_path", trained, "--greedy", TERM="dumb", LC_ALL="C")
+    child.send("我叫小狗\x7f明\n")
+    shown = prompt(child)
+    assert "你好，小明！" in shown
+    assert "\x1b" not in shown
+    assert "我看到了两行。" in say(child, "第一行\n第二行")
