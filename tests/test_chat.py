@@ -224,6 +224,14 @@ def hostile_onnx(artifacts, tmp_path, location="../../../../etc/passwd") -> Path
     return path
 
 
+def without_a_weight(folder: Path) -> Path:
+    from safetensors.torch import load_file, save_file
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def enlarged(path: Path) -> Path:
     """Longer than any such file may be, and no block of the disk longer than it was."""
     os.truncate(path, LARGEST_TEXT_FILE + 1)
@@ -289,6 +297,7 @@ BAD_ARTIFACTS = {
     "its tokenizer is not one": lambda a, t: folder_with(t, a, "huggingface", tokenizer=b'{"model": {"vocab": []}}'),
     "not of a model that": lambda a, t: folder_with(t, a, "transformers", config=b'{"model_type": "bert"}'),
     "model.safetensors is missing": lambda a, t: folder_with(t, a, "transformers", model=None),
+    "lacks 1 of the model's weights": lambda a, t: without_a_weight(folder_with(t, a, "transformers")),
     "transformers cannot load": lambda a, t: folder_with(t, a, "transformers", model=b"\xff" * 2**20),
     "must be from 1 to": lambda a, t: folder_with(
         t, a, "transformers", config=config_with(a, "transformers", num_hidden_layers=-1)),

@@ -369,6 +369,7 @@ def test_a_file_with_nothing_usable_is_refused_in_one_line(tmp_path):
     noise = random.Random(0).randbytes(5000)
     assert file("a.txt", b"") == "a.txt: empty file"
     assert file("b.txt", b" \r\n\n") == "b.txt: empty file"
+    assert file("b2.txt", "\u3000\n".encode()) == "b2.txt: empty file"
     assert file("c.jsonl", b"\xef\xbb\xbf") == "c.jsonl: empty file"
     assert file("d.txt", noise) == "d.txt: looks like a binary file"
     assert file("e.txt", b"caf\xe9 cr\xe8me br\xfbl\xe9e") == (
@@ -398,6 +399,7 @@ def test_a_file_with_nothing_usable_is_refused_in_one_line(tmp_path):
     ({"prompt": "q", "completion": "a", "history": 5}, "history must hold pairs of question and answer"),
     ({"text": ""}, "empty text"),
     ({"a": 1, "b": 2}, "no known form of record; its keys are: a, b"),
+    ({"text": "a\udcff"}, "text has bytes that are not text in the file's encoding"),
     ({"a\nb": 1}, "no known form of record; its keys are: a b"),
     ({}, "an empty object"),
     ({"messages": None, "text": None}, "an empty object"),
@@ -407,6 +409,22 @@ def test_a_bad_record_is_skipped_with_its_place_and_reason(tmp_path, record, rea
     (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\n\n{json.dumps(record)}\n{{"text": "also"}}\n')
     assert read(tmp_path / "a.jsonl", records=2, skipped=1, reasons=[f"{tmp_path}/a.jsonl:3: {reason}"]) == [
         "good", "also"]
+
+
+def test_nesting_that_can_be_read_but_not_written_again_costs_its_record_alone(tmp_path):
+    turns = json.dumps(CONVERSATION)
+    lines = [f'{{"messages": {turns}, "tools": {"[" * depth + "1" + "]" * depth}}}' for depth in range(800, 1000)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"text": "good"}']))
+    report = ReadReport()
+    assert list(read_records(tmp_path / "a.jsonl", report))[-1].text == "good"
+    assert report.records + report.skipped == len(lines) + 1
+    assert all(reason.endswith("nested too deeply") for reason in report.reasons)
+
+
+def test_half_a_surrogate_pair_becomes_the_mark_of_a_lost_character(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud800 x \\ud83d\\ude00"}')
+    assert read(tmp_path / "a.jsonl", skipped=0) == ["\ufffd x 😀"]
+    assert tokenizer.encode_arrays(["\ud800"])[0].tolist() == tokenizer.encode("\ufffd")
 
 
 def test_an_odd_file_in_a_folder_does_not_cost_the_others(tmp_path):
@@ -442,6 +460,18 @@ def test_a_few_bytes_that_are_no_text_are_left_out_and_told(tmp_path):
 def test_a_tokenizer_that_to_dict_did_not_write_is_refused(tokenizer, change, words):
     with pytest.raises(InputError, match=words):
         Tokenizer.from_dict({**tokenizer.to_dict(), **change})
+
+
+def test_a_pattern_that_makes_tiktoken_panic_is_refused(tokenizer, monkeypatch):
+    class PanicException(BaseException):
+        """What its Rust raises where a pattern backtracks too often, some seconds later."""
+
+    def panic(self, text):
+        raise PanicException
+
+    monkeypatch.setattr(Tokenizer, "encode", panic)
+    with pytest.raises(InputError, match="its pattern does not split text"):
+        Tokenizer.from_dict(tokenizer.to_dict())
 
 
 def test_a_token_that_stands_twice_is_refused(tokenizer):
@@ -568,6 +598,8 @@ def test_a_record_past_the_limit_is_skipped_and_the_next_one_read(tmp_path, monk
     (tmp_path / "b.json").write_text(json.dumps(records))
     assert read(tmp_path / "a.jsonl", skipped=1) == ["short", "after"]
     assert read(tmp_path / "b.json", skipped=1) == ["short", "after"]
+    (tmp_path / "c.csv").write_text("id,text\n" + "".join(f"1,{record['text']}\n" for record in records))
+    assert read(tmp_path / "c.csv", skipped=1) == ["short", "after"]
 
 
 def test_a_record_of_brackets_alone_is_skipped_before_it_fills_memory(tmp_path, monkeypatch):
@@ -587,6 +619,7 @@ def test_a_run_without_end_is_encoded_and_trained_on_in_its_length(tokenizer, ru
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert Tokenizer.train([text], 280).decode(ids[:0]) == ""
+    assert len(run) > 1 or max(map(len, data._cut_runs(text))) == 256
 
 
 # ------------------------------------------------------------------------------------------------------- cache

@@ -120,7 +120,10 @@ for line in sys.stdin:
     os.dup2(log, 2)
     os.environ.update(request["environment"])
     sys.argv = request["arguments"]
-    code = train.main()
+    try:
+        code = train.main()
+    except SystemExit as stop:
+        code = stop.code
     sys.stdout.flush()
     os._exit(code)
 """
@@ -208,7 +211,7 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_straight_run_bit_for_bit(c
     def stop_now_and_then(self, factor):
         nonlocal steps
         steps += 1
-        if steps in (3, 4, 11):
+        if steps in (3, 4, 45):  # of 34 an epoch
             os.kill(os.getpid(), signal.SIGTERM)
         return update(self, factor)
 
@@ -219,7 +222,7 @@ def test_a_run_stopped_at_any_step_and_resumed_is_the_straight_run_bit_for_bit(c
             train.train(config, {})
         assert stopped.value.code == 128 + signal.SIGTERM
         with open(tmp_path / "split/metrics.jsonl", "a") as file:
-            file.write('{"step": 12, "seco')  # as a kill in the middle of a line leaves it
+            file.write('{"step": 9999, "train_loss": 1.0}\n{"step": 9999, "tra')  # what a kill may leave
         config = train.TrainConfig(resume=True, out_dir=str(tmp_path / "split"), device="cpu")
     train.train(config, {})
     assert equal(weights(tmp_path / "straight"), weights(tmp_path / "split"))
@@ -289,21 +292,37 @@ def losses(out: Path) -> list:
     return [line.get("train_loss", line.get("val_loss")) for line in lines]
 
 
+def pair(nursery: subprocess.Popen, arguments: list, folder: Path) -> list:
+    """Two processes of one run, started as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return [Forked(nursery, arguments, folder / f"log{rank}", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(2)]
+
+
 @pytest.mark.parametrize("flags", [[], ["--fsdp"]])
 def test_two_processes_train_as_one(chats, tmp_path, nursery, flags):
     # Small rates: training multiplies a difference in rounding, the more the larger its steps are.
     train.train(settings(chats, tmp_path / "one", learning_rate=0.002, embedding_lr=0.002))
     arguments = command(chats, tmp_path / "two", *flags, "--learning_rate", "0.002", "--embedding_lr", "0.002")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    pair = [Forked(nursery, arguments, tmp_path / f"log{rank}", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(2)]  # what torchrun sets
-    assert [process.wait() for process in pair] == [0, 0], (tmp_path / "log0").read_text()[-2000:]
+    ends = [process.wait() for process in pair(nursery, arguments, tmp_path)]
+    assert ends == [0, 0], (tmp_path / "log0").read_text()[-2000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert two[:20] == pytest.approx(one[:20], abs=2e-3)
     assert two == pytest.approx(one, abs=3e-2)
     assert weights(tmp_path / "one").keys() == weights(tmp_path / "two").keys()
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(chats, tmp_path, nursery):
+    out = tmp_path / "out"
+    both = pair(nursery, command(chats, out, "--epochs", "900"), tmp_path)
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+        time.sleep(0.02)
+        assert [process.poll() for process in both] == [None, None]
+    os.kill(both[1].pid, signal.SIGTERM)
+    assert [process.wait() for process in both] == [128 + signal.SIGTERM] * 2, (tmp_path / "log0").read_text()[-2000:]
+    assert "all is saved" in (tmp_path / "log0").read_text()
 
 
 @finds_processes
@@ -400,7 +419,12 @@ def test_nothing_in_the_data_or_the_model_can_steer_the_terminal(tmp_path, monke
     said = capsys.readouterr().out
     for words in ("no known form of record; its keys are: odd ␛[2J", "␛[2J�2J␇ 你好", "-> ␛[2J"):
         assert words in said
-    assert not re.search(r"[\x07\x1b\x9b]", said)
+    path.write_text(lines[-1], encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", command(path, tmp_path / "other"))
+    assert train.main() == 2
+    said += capsys.readouterr().err
+    assert "odd ␛[2J" in said.splitlines()[-1]
+    assert not re.search(r"[\x07\x1b\x9b]", said.replace("\x1b[A", ""))  # tqdm's own
 
 
 def test_plain_text_trains_too_however_short(tmp_path):
@@ -429,13 +453,14 @@ def test_a_new_run_keeps_the_files_of_all_runs_before_and_clears_the_rests_of_a_
     for seed in range(3):
         train.train(settings(chats, tmp_path / "out", epochs=0.2, seed=seed))
         if seed == 1:
-            (tmp_path / "out/last.pt.tmp").write_bytes(b"half a checkpoint")
+            for name in train.OUTPUTS:
+                (tmp_path / f"out/{name}.tmp").write_bytes(b"half a file")
     seeds = [Checkpoint.load(tmp_path / "out" / name / "last.pt").training["config"]["seed"]
              for name in ("previous", "previous_2", ".")]
     assert seeds == [0, 1, 2]
     assert (tmp_path / "out/previous/best_model.pt").exists()
     assert (tmp_path / "out/previous/metrics.jsonl").read_text()
-    assert not (tmp_path / "out/last.pt.tmp").exists()
+    assert list((tmp_path / "out").glob("*.tmp")) == []
 
 
 def test_a_start_that_saved_nothing_is_not_kept(tmp_path):
@@ -619,7 +644,8 @@ def test_a_full_disk_is_one_line_and_costs_no_file(stopped, tmp_path, monkeypatc
         before = {path.name: path.read_bytes() for path in out.iterdir()}
         monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "--epochs", "2", "--out_dir", str(out), "--device",
                                           "cpu"])
-        for left in (65536, 0):  # too little for a checkpoint, then for anything
+        # Too little for a checkpoint, for another line of metrics.jsonl, for anything.
+        for left in (65536, len(before["metrics.jsonl"]) + 10, 0):
             with full(out, left):
                 assert train.main() == 2
             said = capsys.readouterr().err.strip().splitlines()[-1]
