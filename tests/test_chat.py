@@ -682,4 +682,5 @@ def test_a_terminal_without_colours_or_language_edits_chinese_and_gets_no_escape
     shown = prompt(child)
     assert "你好，小明！" in shown
     assert "\x1b" not in shown
+    say(child, "/reset")  # the model has learnt the answer to the two lines as the first of a talk
     assert "我看到了两行。" in say(child, "第一行\n第二行")
