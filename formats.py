@@ -180,9 +180,9 @@ def load_transformers(folder) -> GPT:
         weights: Dict[str, Tensor] = {}
         for path in sorted(Path(folder).glob("*.safetensors")):
             weights |= load_file(path)
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        config = from_transformers_config(values, str(folder))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise InputError(f"{folder}: not a transformers folder ({first_line(error)})") from error
-    config = from_transformers_config(values, str(folder))
     if config.tie_embeddings:
         weights.pop("lm_head.weight", None)
     return build_model(config, from_transformers(weights, config), str(folder))

@@ -652,7 +652,9 @@ def test_safetensors_with_a_lying_header_are_refused_in_one_line(exported, tmp_p
     ({"model_type": "gpt2"}, "model_type 'gpt2'"), ({"hidden_act": "gelu"}, "hidden_act"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type"),
     ({"attention_bias": True}, "attention_bias"),
-    ({"hidden_size": -32}, "d_model must be"), ({"vocab_size": 10**12}, "vocab_size must be")])
+    ({"hidden_size": -32}, "d_model must be"), ({"vocab_size": 10**12}, "vocab_size must be"),
+    ({"hidden_size": "32"}, "not a transformers folder"), ({"rope_parameters": [1]}, "not a transformers folder"),
+    ({"rope_parameters": {"rope_theta": "large"}}, "not a transformers folder")])
 def test_a_transformers_folder_of_another_architecture_is_refused(exported, tmp_path, change, word):
     folder = Path(shutil.copytree(exported / "exported_models/transformers", tmp_path / "changed"))
     values = json.loads((folder / "config.json").read_text())
