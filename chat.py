@@ -435,6 +435,8 @@ def run(options: argparse.Namespace) -> None:
         if (text := getattr(options, name)) is not None:
             settings.assign(name, text)
     if options.greedy:
+        if options.temperature is not None:
+            raise InputError("--greedy is --temperature 0: give one of the two")
         settings.temperature = 0.0
         if options.repetition_penalty is None:
             settings.repetition_penalty = 1.0

@@ -319,6 +319,7 @@ def test_a_bad_artifact_is_refused_in_one_line_with_exit_code_2(artifacts, tmp_p
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--temperature", "hot"], "temperature must be a number from 0 to 100, not 'hot'"),
     (["--temperature", "nan"], "temperature must be"),
+    (["--greedy", "--temperature", "1"], "--greedy is --temperature 0"),
     (["--top_k", "1.5"], "top_k must be a whole number"),
     (["--max_new_tokens", "0"], "max_new_tokens must be"),
     (["--device", "toaster"], "--device toaster"),
