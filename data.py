@@ -1212,6 +1212,7 @@ class Packed:
         texts, chats = long & (kinds == TEXT), long & (kinds == CHAT)
         # Runs are (first token, slots, first token of the system message put before, its slots).
         whole = np.stack([starts, slots, starts, np.zeros_like(starts)], 1)[~long].astype(np.int64)
+        self._short_texts = ((kinds == TEXT) & (slots > 1))[~long].astype(np.int64)
         turns = [part for start, stop in zip(starts[chats].tolist(), stops[chats].tolist(), strict=True)
                  for part in self._cut_chat(start, stop)]
         self._fixed = np.concatenate([whole, np.array(turns, dtype=np.int64).reshape(-1, 4)])
@@ -1246,10 +1247,17 @@ class Packed:
             i = j + 1
 
     def _pieces(self, epoch: int) -> np.ndarray:
-        """(pieces, 4) runs of this epoch. Long texts are cut at other places each time."""
+        """(pieces, 4) runs of this epoch. Long texts are cut at other places each time.
+
+        In every second epoch short texts go without the end-of-text token before them, as most prompts come.
+        """
         starts, slots = self._long_texts
+        fixed = self._fixed
+        if epoch % 2 and self._short_texts.any():
+            fixed = fixed.copy()
+            fixed[:len(self._short_texts), :2] += np.outer(self._short_texts, (1, -1))
         if not len(starts):
-            return self._fixed
+            return fixed
         first = np.random.default_rng([self.seed, epoch, 1]).integers(1, self.context_length + 1, len(starts))
         counts = 1 + -(-(slots - first) // self.context_length)
         which = np.repeat(np.arange(len(starts)), counts)
@@ -1257,7 +1265,7 @@ class Packed:
         begin = np.where(number == 0, 0, first[which] + (number - 1) * self.context_length)
         end = np.minimum(first[which] + number * self.context_length, slots[which])
         windows = np.stack([starts[which] + begin, end - begin, starts[which], np.zeros_like(begin)], 1)
-        return np.concatenate([self._fixed, windows])
+        return np.concatenate([fixed, windows])
 
     def _planned(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The pieces, which of them lie in each row one row after the other, and where each row begins in that."""

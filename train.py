@@ -520,7 +520,7 @@ def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
     on_gpu = device.type == "cuda"
     name = config.preset or ("26m" if on_gpu else "tiny")
     open_values = dict(PRESETS[name], preset=name, eval_tokens=2**19 if on_gpu else 2**13,
-                       data_path=[str(HERE / "corpus" / "chat_*.jsonl")],
+                       data_path=[str(HERE / "corpus" / name) for name in ("chat_*.jsonl", "text_*.jsonl")],
                        dtype="bfloat16" if on_gpu and torch.cuda.is_bf16_supported(False) else "float32")
     if config.epochs is None and config.max_minutes is None:  # both: whichever is over first
         open_values.update(epochs=12.0, max_minutes=9.5 if name == "tiny" else 60.0)

@@ -1,12 +1,14 @@
 """Write the embedded corpus from the phrase banks: python corpus/build.py [--out FOLDER]
 
-Reads corpus/banks/*.json and writes chat_*.jsonl (training) and heldout.jsonl (never trained on), one conversation a
-line in the OpenAI `messages` form. The same banks give the same bytes on every machine.
+Reads corpus/banks/*.json and writes chat_*.jsonl (training; a conversation a line in the OpenAI `messages` form),
+text_*.jsonl (training; a plain text a line) and heldout.jsonl (never trained on). The same banks give the same bytes on
+every machine.
 """
 import argparse
 import json
 import random
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Optional
 
@@ -15,8 +17,9 @@ LANGUAGES = ("zh", "en")
 SKILLS = {"talk": "1 greetings", "facts": "2 facts", "math": "3 sums", "memory": "4 memory", "words": "5 words",
           "stories": "6 stories", "unknown": "7 not knowing"}
 # Conversations a file. Chinese comes first; a file stops earlier where its phrasings run out.
-SIZES = {"talk": (1950, 1600), "facts": (2050, 1750), "math": (2700, 2250), "memory": (980, 790),
-         "words": (2100, 1750), "stories": (330, 270), "unknown": (1080, 900), "mixed": (240, 185)}
+SIZES = {"talk": (1950, 1600), "facts": (2050, 1750), "math": (2500, 2100), "memory": (930, 760),
+         "words": (2100, 1750), "stories": (310, 255), "unknown": (1020, 870), "mixed": (240, 185),
+         "text": (560, 370)}
 HELD_OUT_EACH = 72  # held-out items a skill and language
 OPTIONAL = re.compile(r"(\[[^\[\]]*\]|[\u4e00-\u9fff，“”])\?(?!$)")
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
@@ -78,9 +81,15 @@ def spoken(rng: random.Random, text: str, language: str, held: bool = False, ope
     return text
 
 
+def draw(rng: random.Random, bank: dict, key: str) -> str:
+    """A template under `key`, one time in four of those that people say more seldom."""
+    seldom = bank.get(f"seldom_{key}")
+    return rng.choice(seldom if seldom and rng.random() < 0.25 else bank[key])
+
+
 def phrase(rng: random.Random, bank: dict, held: bool) -> str:
     """A template of the bank: one that training sees, or one that it never sees."""
-    return rng.choice(bank["heldout" if held else "train"])
+    return draw(rng, bank, "heldout" if held else "train")
 
 
 # ------------------------------------------------------------------------------------------------- 1 small talk
@@ -194,7 +203,7 @@ def opposite(rng: random.Random, language: str, held: bool = False) -> Turn:
 def general(rng: random.Random, language: str, held: bool = False) -> Turn:
     """The calendar and a few facts that everybody knows."""
     fact = rng.choice(BANKS["things"]["general"])
-    text = expand(rng, rng.choice(fact[f"held_{language}" if held else language]))
+    text = expand(rng, draw(rng, fact, f"held_{language}" if held else language))
     return Turn(spoken(rng, text, language, held), fact[f"a_{language}"], tuple(fact[f"keys_{language}"]))
 
 
@@ -424,7 +433,7 @@ def draw_fact(rng: random.Random, language: str, kind: str, held: bool) -> Fact:
 
 def tell(rng: random.Random, language: str, told: list[Fact], held: bool) -> tuple[str, str]:
     """What the user says to tell one fact or several at once, and the assistant's word that it has taken note."""
-    texts = [expand(rng, rng.choice(fact.bank["heldout_tell" if held else "tell"]), **fact.words) for fact in told]
+    texts = [expand(rng, draw(rng, fact.bank, "heldout_tell" if held else "tell"), **fact.words) for fact in told]
     if told[0].kind == "name" and len(told) == 1 and not held and rng.random() < 0.15:
         bank, words = told[0].bank, told[0].words
         return expand(rng, rng.choice(bank["tell_and_ask"]), **words), expand(rng, bank["said_back"], **words)
@@ -445,7 +454,7 @@ def tell(rng: random.Random, language: str, told: list[Fact], held: bool) -> tup
 
 def recall(rng: random.Random, language: str, fact: Fact, held: bool, known: bool = True) -> Turn:
     """The question for a fact, and its answer: the fact, or that it has not been told."""
-    text = expand(rng, rng.choice(fact.bank["heldout_ask" if held else "ask"]), **fact.words)
+    text = expand(rng, draw(rng, fact.bank, "heldout_ask" if held else "ask"), **fact.words)
     text = spoken(rng, text, language, held, rng.random() < 0.4)
     answer = expand(rng, fact.bank["answer" if known else "unknown"][0], **fact.words)
     key = fact.words["v"] if known else {"zh": "还没有告诉我", "en": "not told me"}[language]
@@ -648,6 +657,18 @@ def mixed(rng: random.Random, language: str) -> list[Turn]:
     return turns
 
 
+def page(rng: random.Random, language: str) -> list[str]:
+    """A plain text, as lines: a story, or a question or two with their answers, as somebody asks a stranger."""
+    if rng.random() < 0.25:
+        return [stories(rng, language).answer]
+    kinds = rng.choices(["talk", "facts", "math", "words", "unknown"], [4, 5, 6, 4, 2], k=rng.choice([1, 1, 2]))
+    turns = [SINGLE[kind](rng, language) for kind in kinds]
+    lines = [line for turn in turns for line in (turn.user, turn.answer)]
+    if language == "zh" and kinds[0] in ("facts", "math", "unknown") and not ORDER.match(lines[0]):
+        lines[0] = rng.choice(["", "你好，请问"]) + lines[0]
+    return lines
+
+
 def messages(turns: list[Turn], system: Optional[str] = None) -> list[dict]:
     """The OpenAI form of a conversation."""
     said = [{"role": role, "content": text} for turn in turns
@@ -676,8 +697,16 @@ def held_out(rng: random.Random) -> Iterator[tuple[dict, str]]:
                        "match": last.match}, last.user
 
 
-def training(held_texts: set[str]) -> Iterator[tuple[str, list[dict]]]:
-    """File name and conversation, one after the other; no exact duplicates, no held-out question, none too long."""
+def conversation(rng: random.Random, language: str, topic: str) -> list[Turn]:
+    """The turns of a conversation about a topic."""
+    if topic == "memory":
+        before, last = memory(rng, language)
+        return [*before, last]
+    return mixed(rng, language) if topic == "mixed" else [SINGLE[topic](rng, language)]
+
+
+def training(held_texts: set[str]) -> Iterator[tuple[str, dict]]:
+    """File name and record, one after the other; no exact duplicates, no held-out question, none too long."""
     seen: set[str] = set()
     for topic, sizes in SIZES.items():
         for language, size in zip(LANGUAGES, sizes, strict=True):
@@ -685,31 +714,29 @@ def training(held_texts: set[str]) -> Iterator[tuple[str, list[dict]]]:
             done = tries = 0
             while done < size and tries < size * 12:
                 tries += 1
-                if topic == "mixed":
-                    turns = mixed(rng, language)
-                elif topic == "memory":
-                    before, last = memory(rng, language)
-                    turns = [*before, last]
-                else:
-                    turns = [SINGLE[topic](rng, language)]
-                identity = "\n".join(turn.user for turn in turns)
-                if identity in seen or any(normalised(turn.user) in held_texts for turn in turns):
+                turns = [] if topic == "text" else conversation(rng, language, topic)
+                lines = [turn.user for turn in turns] or page(rng, language)
+                identity = "\n".join(lines)
+                if identity in seen or any(normalised(line) in held_texts for line in lines):
                     continue
                 if sum(len(turn.user + turn.answer) * (2 if turn.user.isascii() else 5) for turn in turns) > 1800:
                     continue
                 seen.add(identity)
                 done += 1
-                system = rng.choice(CHAT["system"][language]) if topic == "mixed" and rng.random() < 0.06 else None
-                yield f"chat_{language}_{topic}.jsonl", messages(turns, system)
+                if topic == "text":
+                    yield f"text_{language}.jsonl", {"text": identity}
+                else:
+                    system = rng.choice(CHAT["system"][language]) if topic == "mixed" and rng.random() < 0.06 else None
+                    yield f"chat_{language}_{topic}.jsonl", {"messages": messages(turns, system)}
 
 
 def build(out: Path) -> dict[str, int]:
     """Write all files into a folder; the number of lines of each."""
     items = list(held_out(random.Random("heldout")))
-    files: dict[str, list[str]] = {"heldout.jsonl": [json.dumps(item, ensure_ascii=False) for item, _ in items]}
-    for name, conversation in training({normalised(user) for _, user in items}):
-        files.setdefault(name, []).append(
-            json.dumps({"messages": conversation}, ensure_ascii=False, separators=(",", ":")))
+    files: dict[str, list[str]] = {}
+    held = (("heldout.jsonl", item) for item, _ in items)
+    for name, record in chain(held, training({normalised(user) for _, user in items})):
+        files.setdefault(name, []).append(json.dumps(record, ensure_ascii=False, separators=(",", ":")))
     out.mkdir(parents=True, exist_ok=True)
     for name, lines in files.items():
         (out / name).write_bytes(("\n".join(lines) + "\n").encode())
@@ -721,7 +748,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: corpus/)")
     out = parser.parse_args().out
     for name, count in build(out).items():
-        print(f"{name:24} {count:6,} conversations {(out / name).stat().st_size:10,} bytes")
+        print(f"{name:24} {count:6,} lines {(out / name).stat().st_size:10,} bytes")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,12 @@ def conversations():
 
 
 @pytest.fixture(scope="module")
+def texts():
+    return [json.loads(line)["text"] for path in sorted(CORPUS.glob("text_*.jsonl"))
+            for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
 def items():
     return skills.read_items(CORPUS / "heldout.jsonl")
 
@@ -47,7 +53,7 @@ def test_the_corpus_keeps_to_its_size_and_is_mostly_chinese():
     sizes = {path.name: path.stat().st_size for path in CORPUS.glob("*.jsonl")}
     trained = {name: size for name, size in sizes.items() if name != "heldout.jsonl"}
     assert sum(sizes.values()) <= 4_000_000
-    chinese = sum(size for name, size in trained.items() if name.startswith("chat_zh"))
+    chinese = sum(size for name, size in trained.items() if "_zh" in name)
     assert 0.5 < chinese / sum(trained.values()) < 0.7
 
 
@@ -60,6 +66,13 @@ def test_every_conversation_is_well_formed(conversations):
         for message in messages:
             assert message["content"] == message["content"].strip() != "", messages
             assert not re.search(r"[\[\]{}|]", message["content"]), messages  # a template that was not filled
+
+
+def test_every_plain_text_is_filled_in_and_stands_once(texts):
+    assert len(set(texts)) == len(texts) > 500
+    for text in texts:
+        assert text == text.strip() != ""
+        assert not re.search(r"[\[\]{}|]", text), text
 
 
 def test_no_conversation_stands_twice(conversations):
@@ -129,15 +142,16 @@ def test_held_out_items_are_balanced(items):
             assert sum(item["skill"] == skill and item["language"] == language for item in items) == build.HELD_OUT_EACH
 
 
-def test_no_held_out_question_is_trained_on(conversations, items):
+def test_no_held_out_question_is_trained_on(conversations, texts, items):
     trained = {build.normalised(message["content"]) for messages in conversations for message in messages
                if message["role"] == "user"}
+    trained |= {build.normalised(line) for text in texts for line in text.removeprefix("你好，请问").split("\n")}
     for item in items:
         assert build.normalised(item["messages"][-1]["content"]) not in trained, item
 
 
-def test_no_held_out_name_is_trained_on(conversations, items):
-    text = "\n".join(message["content"] for messages in conversations for message in messages)
+def test_no_held_out_name_is_trained_on(conversations, texts, items):
+    text = "\n".join([*texts, *(message["content"] for messages in conversations for message in messages)])
     english = set(re.findall(r"[a-z]+", text.lower()))
     told = [name for language in build.LANGUAGES for name in build.HELD_NAMES[language]]
     for name in told:
@@ -146,13 +160,12 @@ def test_no_held_out_name_is_trained_on(conversations, items):
     assert len(asked) > 30
 
 
-def test_no_held_out_pair_is_trained_on(conversations):
+def test_no_held_out_pair_is_trained_on(conversations, texts):
     comparisons = 0
+    for text in [*texts, *(message["content"] for messages in conversations for message in messages)]:
+        for a, sign, b in re.findall(r"(?<![\d+-])(\d+) ?([+-]) ?(\d+)(?![\d+-]| ?[+-])", text):
+            assert (int(a), int(b)) not in build.HELD_PAIRS["add" if sign == "+" else "sub"], text
     for messages in conversations:
-        for message in messages:
-            for a, sign, b in re.findall(r"(?<![\d+-])(\d+) ?([+-]) ?(\d+)(?![\d+-]| ?[+-])", message["content"]):
-                held = build.HELD_PAIRS["add" if sign == "+" else "sub"]
-                assert (int(a), int(b)) not in held, message
         for asked, answered in zip(messages, messages[1:], strict=False):
             numbers = re.findall(r"\d+", asked["content"])
             if asked["role"] == "user" and len(numbers) == 2 and re.search(r"\d[<>]\d", answered["content"]):

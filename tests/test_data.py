@@ -839,8 +839,11 @@ def test_every_learnt_token_is_predicted_once_an_epoch_from_the_token_before_it(
     batch = packed.batch(epoch, range(rows))
     assert batch.input_ids.shape == batch.targets.shape == (rows, context)
     targets = batch.targets[batch.targets != NO_TARGET].numpy()
-    learnt = prepared.tokens[prepared.supervised == 1]
-    assert sorted(targets.tolist()) == learnt.tolist()
+    learnt = prepared.supervised == 1
+    if epoch % 2:  # short texts go without the end of text before them, and so nothing foretells their first token
+        slots = np.diff(prepared.documents) - 1
+        learnt[prepared.documents[:-1][(prepared.kinds == TEXT) & (slots > 1) & (slots <= context)] + 1] = False
+    assert sorted(targets.tolist()) == prepared.tokens[learnt].tolist()
     # A target's value tells its place, and no learnt token opens a document: so nothing crosses from one to the next.
     assert (batch.input_ids[batch.targets != NO_TARGET].numpy() == prepared.tokens[targets - 1000 - 1]).all()
     if batch.documents is not None:
