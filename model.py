@@ -294,29 +294,33 @@ class GPT(nn.Module):
             else:
                 nn.init.normal_(parameter, std=embedding_std if name == "token_embedding.weight" else 0.02)
         nn.init.constant_(self.final_norm.weight, 0.02 / embedding_std)
-        self.start_previous_token_head(embedding_std)
+        self.start_previous_token_heads(embedding_std)
 
     @torch.jit.unused
     @torch.no_grad()
-    def start_previous_token_head(self, embedding_std: float) -> None:
-        """Let the first head of the first block look at the token before, from the first step on.
+    def start_previous_token_heads(self, embedding_std: float) -> None:
+        """Let the first two heads of the first block look one and two tokens back, from the first step on.
 
-        To copy (a name told earlier, a sentence to repeat) a model needs one head that tells each position what came
+        To copy (a name told earlier, a sentence to repeat) a model needs a head that tells each position what came
         before it and a later one that searches for it (Olsson et al. 2022, arXiv 2209.11895). The first takes a small
         model most of a short run to find, so it starts in place. All embeddings share one direction, which the softmax
-        does not see; from it alone the head makes its keys, and queries turned back by one position, in the rotary
-        pairs that turn fastest.
+        does not see; from it alone these heads make their keys, and queries turned back by one or two positions, in
+        the rotary pairs that turn fastest.
         """
         config, half, pairs = self.config, self.config.head_dim // 2, min(4, self.config.head_dim // 2)
         shared = F.normalize(torch.randn_like(self.token_embedding.weight[0]), dim=0)
         self.token_embedding.weight += shared * embedding_std * config.d_model ** 0.5
         turn = config.rope_theta ** -(torch.arange(pairs, device=shared.device) / half)  # radians a position
-        query, key = shared.new_zeros(config.head_dim), shared.new_zeros(config.head_dim)
-        query[:pairs], query[half:half + pairs], key[:pairs] = turn.cos(), -turn.sin(), 1.0
-        rows = self.blocks[0].attention.qkv.weight
-        kv = config.n_head * config.head_dim  # where the rows of the first key head begin
-        rows[:config.head_dim] += torch.outer(query, shared) / pairs ** 0.5
-        rows[kv:kv + config.head_dim] += torch.outer(key, shared) / pairs ** 0.5
+        heads = self.blocks[0].attention.qkv.weight.view(-1, config.head_dim, config.d_model)  # queries, keys, values
+        count = min(2, config.n_head)
+        for head in range(count):
+            query, back = shared.new_zeros(config.head_dim), turn * (head + 1)
+            query[:pairs], query[half:half + pairs] = back.cos(), -back.sin()
+            heads[head] += torch.outer(query, shared) / pairs ** 0.5
+        key = shared.new_zeros(config.head_dim)
+        key[:pairs] = 1.0
+        used = (count - 1) * config.n_kv_head // config.n_head + 1  # key heads of these queries
+        heads[config.n_head:config.n_head + used] += torch.outer(key, shared) / pairs ** 0.5
 
     def hidden(self, input_ids: Tensor, cache: Optional[KVCache] = None, mask: Optional[Tensor] = None) -> Tensor:
         """The normed last layer (B, T, C) for ids (B, T). With a cache the ids follow the positions it holds."""

@@ -154,16 +154,19 @@ def test_a_new_model_is_near_a_uniform_guess(d_model):
     assert abs(GPT(GPTConfig(**{**SIZES, "d_model": d_model}))(ids, targets)[1].item() - math.log(97)) < 0.2
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(qk_norm=False), dict(n_kv_head=1), dict(rope_theta=100.0),
-                                     dict(d_model=768)])
-def test_the_first_head_of_a_new_model_looks_at_the_token_before(changes):
+@pytest.mark.parametrize("changes", [dict(), dict(qk_norm=False), dict(n_kv_head=1), dict(n_head=4),
+                                     dict(rope_theta=100.0), dict(d_model=768)])
+def test_the_first_two_heads_of_a_new_model_look_one_and_two_tokens_back(changes):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**SIZES, "context_length": 128, "n_head": 2, "d_model": 128, "head_dim": 64, **changes}))
+    config = GPTConfig(**{**SIZES, "context_length": 128, "n_head": 2, "d_model": 128, "head_dim": 64, **changes})
+    model = GPT(config)
     seen = {}
     model.blocks[0].attention.attention.register_forward_hook(lambda _, args, __: seen.update(q=args[0], k=args[1]))
     model(torch.randint(0, 97, (1, 128)))
-    scores = (seen["q"][0, 0] @ seen["k"][0, 0].T / 8).masked_fill(torch.ones(128, 128).triu(1).bool(), -math.inf)
-    assert scores.softmax(-1).diagonal(-1).mean() > 0.5
+    for head in (0, 1):
+        q, k = seen["q"][0, head], seen["k"][0, head * config.n_kv_head // config.n_head]
+        scores = (q @ k.T / 8).masked_fill(torch.ones(128, 128).triu(1).bool(), -math.inf)
+        assert scores.softmax(-1).diagonal(-1 - head).mean() > 0.5
 
 
 def test_the_parameter_count_is_the_number_of_parameters():
