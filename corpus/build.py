@@ -17,8 +17,8 @@ LANGUAGES = ("zh", "en")
 SKILLS = {"talk": "1 greetings", "facts": "2 facts", "math": "3 sums", "memory": "4 memory", "words": "5 words",
           "stories": "6 stories", "unknown": "7 not knowing"}
 # Conversations a file. Chinese comes first; a file stops earlier where its phrasings run out.
-SIZES = {"talk": (1950, 1600), "facts": (2050, 1750), "math": (2500, 2100), "memory": (930, 760),
-         "words": (2100, 1750), "stories": (310, 255), "unknown": (1020, 870), "mixed": (240, 185),
+SIZES = {"talk": (1850, 1500), "facts": (1850, 1550), "math": (2300, 1900), "memory": (885, 725),
+         "words": (2700, 2300), "stories": (310, 255), "unknown": (1020, 870), "mixed": (240, 185),
          "text": (560, 370)}
 HELD_OUT_EACH = 72  # held-out items a skill and language
 OPTIONAL = re.compile(r"(\[[^\[\]]*\]|[\u4e00-\u9fff，“”])\?(?!$)")
@@ -376,7 +376,7 @@ GIVEN = sorted(set(NAMES["given"]))
 def some_name(rng: random.Random, language: str) -> str:
     """A name: Chinese ones are composed of characters, English ones listed or composed of syllables."""
     if language == "en":
-        if rng.random() < 0.45:
+        if rng.random() < 0.25:
             return rng.choice(NAMES["english"].split())
         name = capital("".join(rng.sample(NAMES["syllables"], rng.choice([2, 2, 3]))))
         return f"{name} {capital(''.join(rng.sample(NAMES['syllables'], 2)))}" if rng.random() < 0.08 else name
@@ -533,35 +533,46 @@ def sentence(rng: random.Random, language: str) -> str:
             return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
+def clause(rng: random.Random, language: str) -> str:
+    """A piece of a story or a verse."""
+    while True:
+        pieces = [piece.strip() for piece in re.split(r"[。！？：“”.!?:\"\n]+", stories(rng, language).answer)]
+        pieces = [piece for piece in pieces if 4 <= len(piece) <= (18 if language == "zh" else 50)]
+        if pieces:
+            return rng.choice(pieces)
+
+
 def repeating(rng: random.Random, language: str, held: bool = False) -> Turn:
     """A text to be said again, to the letter: a sentence, some words, a name, or numbers."""
     form, zh = rng.random(), language == "zh"
     if held:
         text = rng.choice(HELD_SENTENCES[language])
-    elif form < 0.07:
+    elif form < 0.2:
         text = rng.choice(WORDS["sentences"][language].split("|"))
-    elif form < 0.5:
+    elif form < 0.38:
         text = sentence(rng, language)
-    elif form < 0.75:
+    elif form < 0.6:
+        text = clause(rng, language)
+    elif form < 0.8:
         pool = [pair[not zh] for pair in PAIRS] + ([] if zh else SPELLED)
         text = (rng.choice(["", "、", "，", " "]) if zh else rng.choice([" ", " ", ", "])).join(
             rng.choices(pool, k=rng.randint(1, 5)))
-    elif zh and form < 0.86:
+    elif zh and form < 0.88:
         text = "".join(rng.choices(CHARACTERS, k=rng.randint(2, 6)))
-    elif form < 0.93:
+    elif form < 0.94:
         names = [draw_fact(rng, language, "name", False).words["v"] for _ in range(rng.choice([1, 1, 2]))]
         text = ("、" if zh else ", ").join(names)
     else:
         text = " ".join(str(rng.randint(0, 99)) for _ in range(rng.randint(1, 5)))
     ask = expand(rng, phrase(rng, WORDS["repeat"][language], held and rng.random() < 0.6), t=text)
-    if "“" in ask and not ask.endswith("”"):
+    if ask.count("“") > ask.count("”"):
         ask += "”"
     return Turn(ask, text, (text,), "exact")
 
 
 def words(rng: random.Random, language: str, held: bool = False) -> Turn:
     """One of the kinds of exercises with words."""
-    return rng.choices([translation, spelling, repeating], [7, 6, 15])[0](rng, language, held)
+    return rng.choices([translation, spelling, repeating], [12, 7, 15])[0](rng, language, held)
 
 
 # ---------------------------------------------------------------------------------------------------- 6 stories
