@@ -523,7 +523,7 @@ def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
                        data_path=[str(HERE / "corpus" / name) for name in ("chat_*.jsonl", "text_*.jsonl")],
                        dtype="bfloat16" if on_gpu and torch.cuda.is_bf16_supported(False) else "float32")
     if config.epochs is None and config.max_minutes is None:  # both: whichever is over first
-        open_values.update(epochs=12.0, max_minutes=9.5 if name == "tiny" else 60.0)
+        open_values.update(epochs=10.0, max_minutes=9.5 if name == "tiny" else 60.0)
     if config.compile is None:
         from importlib.util import find_spec
         open_values["compile"] = on_gpu and find_spec("triton") is not None

@@ -17,8 +17,8 @@ LANGUAGES = ("zh", "en")
 SKILLS = {"talk": "1 greetings", "facts": "2 facts", "math": "3 sums", "memory": "4 memory", "words": "5 words",
           "stories": "6 stories", "unknown": "7 not knowing"}
 # Conversations a file. Chinese comes first; a file stops earlier where its phrasings run out.
-SIZES = {"talk": (1850, 1500), "facts": (1850, 1550), "math": (2300, 1900), "memory": (885, 725),
-         "words": (2700, 2300), "stories": (310, 255), "unknown": (1020, 870), "mixed": (240, 185),
+SIZES = {"talk": (1950, 1600), "facts": (1900, 1600), "math": (2300, 1900), "memory": (885, 725),
+         "words": (2600, 2200), "stories": (310, 255), "unknown": (1020, 870), "mixed": (240, 185),
          "text": (560, 370)}
 HELD_OUT_EACH = 72  # held-out items a skill and language
 OPTIONAL = re.compile(r"(\[[^\[\]]*\]|[\u4e00-\u9fff，“”])\?(?!$)")
@@ -533,15 +533,6 @@ def sentence(rng: random.Random, language: str) -> str:
             return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
-def clause(rng: random.Random, language: str) -> str:
-    """A piece of a story or a verse."""
-    while True:
-        pieces = [piece.strip() for piece in re.split(r"[。！？：“”.!?:\"\n]+", stories(rng, language).answer)]
-        pieces = [piece for piece in pieces if 4 <= len(piece) <= (18 if language == "zh" else 50)]
-        if pieces:
-            return rng.choice(pieces)
-
-
 def repeating(rng: random.Random, language: str, held: bool = False) -> Turn:
     """A text to be said again, to the letter: a sentence, some words, a name, or numbers."""
     form, zh = rng.random(), language == "zh"
@@ -549,17 +540,15 @@ def repeating(rng: random.Random, language: str, held: bool = False) -> Turn:
         text = rng.choice(HELD_SENTENCES[language])
     elif form < 0.2:
         text = rng.choice(WORDS["sentences"][language].split("|"))
-    elif form < 0.38:
+    elif form < 0.5:
         text = sentence(rng, language)
-    elif form < 0.6:
-        text = clause(rng, language)
-    elif form < 0.8:
+    elif form < 0.75:
         pool = [pair[not zh] for pair in PAIRS] + ([] if zh else SPELLED)
         text = (rng.choice(["", "、", "，", " "]) if zh else rng.choice([" ", " ", ", "])).join(
             rng.choices(pool, k=rng.randint(1, 5)))
-    elif zh and form < 0.88:
+    elif zh and form < 0.86:
         text = "".join(rng.choices(CHARACTERS, k=rng.randint(2, 6)))
-    elif form < 0.94:
+    elif form < 0.93:
         names = [draw_fact(rng, language, "name", False).words["v"] for _ in range(rng.choice([1, 1, 2]))]
         text = ("、" if zh else ", ").join(names)
     else:
@@ -572,7 +561,7 @@ def repeating(rng: random.Random, language: str, held: bool = False) -> Turn:
 
 def words(rng: random.Random, language: str, held: bool = False) -> Turn:
     """One of the kinds of exercises with words."""
-    return rng.choices([translation, spelling, repeating], [12, 7, 15])[0](rng, language, held)
+    return rng.choices([translation, spelling, repeating], [12, 7, 11])[0](rng, language, held)
 
 
 # ---------------------------------------------------------------------------------------------------- 6 stories
