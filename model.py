@@ -307,20 +307,18 @@ class GPT(nn.Module):
         does not see; from it alone these heads make their keys, and queries turned back by one or two positions, in
         the rotary pairs that turn fastest.
         """
-        config, half, pairs = self.config, self.config.head_dim // 2, min(4, self.config.head_dim // 2)
+        config, pairs = self.config, min(4, self.config.head_dim // 2)
         shared = F.normalize(torch.randn_like(self.token_embedding.weight[0]), dim=0)
         self.token_embedding.weight += shared * embedding_std * config.d_model ** 0.5
-        turn = config.rope_theta ** -(torch.arange(pairs, device=shared.device) / half)  # radians a position
         heads = self.blocks[0].attention.qkv.weight.view(-1, config.head_dim, config.d_model)  # queries, keys, values
-        count = min(2, config.n_head)
-        for head in range(count):
-            query, back = shared.new_zeros(config.head_dim), turn * (head + 1)
-            query[:pairs], query[half:half + pairs] = back.cos(), -back.sin()
-            heads[head] += torch.outer(query, shared) / pairs ** 0.5
         key = shared.new_zeros(config.head_dim)
-        key[:pairs] = 1.0
+        key[:pairs] = pairs ** -0.5
+        count = min(2, config.n_head, self.context_length - 1)
+        for head in range(count):
+            query = rotate(key, self.cos[head + 1, 0], -self.sin[head + 1, 0])
+            heads[head] += torch.outer(query, shared)
         used = (count - 1) * config.n_kv_head // config.n_head + 1  # key heads of these queries
-        heads[config.n_head:config.n_head + used] += torch.outer(key, shared) / pairs ** 0.5
+        heads[config.n_head:config.n_head + used] += torch.outer(key, shared)
 
     def hidden(self, input_ids: Tensor, cache: Optional[KVCache] = None, mask: Optional[Tensor] = None) -> Tensor:
         """The normed last layer (B, T, C) for ids (B, T). With a cache the ids follow the positions it holds."""
