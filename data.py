@@ -911,10 +911,10 @@ class Prepared:
         """Whether there is any chat in the corpus."""
         return bool((self.kinds == CHAT).any())
 
-    def split(self, name: str, context_length: int, seed: int = 0) -> "Packed":
+    def split(self, name: str, context_length: int, seed: int = 0, vary_copies: bool = False) -> "Packed":
         """The rows of "train" or "val" at a context length; see _split for who goes where."""
         starts, stops, kinds = _split(self)[name]
-        return Packed(self, starts, stops, kinds, context_length, seed)
+        return Packed(self, starts, stops, kinds, context_length, seed, vary_copies and self.is_chat)
 
 
 def _split(prepared: Prepared) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -1177,6 +1177,8 @@ def masked_sample(prepared: Prepared) -> list[tuple[str, bool]]:
 
 # ----------------------------------------------------------------------------------------------------- packing
 
+# Tokens that may stand in for each other in a copy: Chinese words, words after a blank, other words and their parts.
+WORDS = tuple(map(re.compile, (r"[\u4e00-\u9fff]+", r" [^\W\d_]+", r"[^\W\d_]+")))
 PADDING = 0.025  # share of slots that may stay empty before pieces are cut to fill them
 NO_TARGET = -100  # ignored by the loss, as in torch.nn.functional.cross_entropy
 
@@ -1202,7 +1204,7 @@ class Packed:
     """
 
     def __init__(self, prepared: Prepared, starts: np.ndarray, stops: np.ndarray, kinds: np.ndarray,
-                 context_length: int, seed: int = 0):
+                 context_length: int, seed: int = 0, vary_copies: bool = False):
         if context_length < 2:
             raise InputError(f"context_length must be at least 2, not {context_length}")
         self.prepared, self.context_length, self.seed = prepared, context_length, seed % 2**32
@@ -1218,6 +1220,7 @@ class Packed:
         self._fixed = np.concatenate([whole, np.array(turns, dtype=np.int64).reshape(-1, 4)])
         self._long_texts = starts[texts].astype(np.int64), slots[texts].astype(np.int64)
         self._plan_epoch, self._plan = -1, None
+        self._vary, self._word_kinds = vary_copies, None
 
     def _cut_chat(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """Parts of a long chat, each starting at a user's turn, with the conversation's system message before it."""
@@ -1373,13 +1376,63 @@ class Packed:
         input_ids.reshape(-1)[slot] = self._tokens[source]
         source += 1
         targets.reshape(-1)[slot] = np.where(self._supervised[source], self._tokens[source].astype(np.int64), NO_TARGET)
-        documents = None
-        if counts.max() > 1:
-            documents = np.full(shape, -1, dtype=np.int32)
-            number = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
-            documents.reshape(-1)[slot] = np.repeat(number, sizes)
-            documents = torch.from_numpy(documents)
-        return Batch(torch.from_numpy(input_ids), torch.from_numpy(targets), documents)
+        documents = np.full(shape, -1, dtype=np.int32)
+        number = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        documents.reshape(-1)[slot] = np.repeat(number, sizes)
+        if self._vary:
+            self._vary_copies(epoch, indices, input_ids, targets, documents)
+        return Batch(torch.from_numpy(input_ids), torch.from_numpy(targets),
+                     torch.from_numpy(documents) if counts.max() > 1 else None)
+
+    def _vary_copies(self, epoch: int, indices: np.ndarray, input_ids: np.ndarray, targets: np.ndarray,
+                     documents: np.ndarray) -> None:
+        """Swaps words of copies for other words, alike in question and answer, for others in each epoch.
+
+        A copy is a chat whose last answer says what was said before it: 70 % of its pairs of neighbouring tokens (a
+        first word has other tokens where no blank is before it), two at least, and the last one. With the same words
+        in each epoch it would be learnt by heart; so changed, only copying helps.
+        """
+        for row, index in enumerate(indices.tolist()):
+            numbers, starts = np.unique(documents[row], return_index=True)
+            ends, rng = [*starts[1:].tolist(), self.context_length], None
+            for number, start, end in zip(numbers.tolist(), starts.tolist(), ends, strict=True):
+                common = self._copied(input_ids[row, start:end], targets[row, start:end]) if number >= 0 else None
+                if common is not None:
+                    rng = rng or np.random.default_rng([self.seed, epoch, 2, index])
+                    self._swap_words(rng, common, input_ids[row, start:end], targets[row, start:end])
+
+    def _copied(self, input_ids: np.ndarray, targets: np.ndarray) -> Optional[np.ndarray]:
+        """The tokens that the last answer of a copy has in common with what came before; None for all else."""
+        learnt = np.flatnonzero((targets >= 0) & (targets != self.prepared.tokenizer.im_end_id))
+        if not 3 <= len(learnt) < len(targets) - 2:
+            return None
+        first = learnt[np.flatnonzero(np.diff(learnt, prepend=-2) > 1)[-1]]  # where the last answer starts
+        before, answer = input_ids[:first + 1].tolist(), targets[first:learnt[-1] + 1].tolist()
+        said = set(zip(before, before[1:], strict=False))
+        copied = [pair in said for pair in zip(answer, answer[1:], strict=False)]
+        if not copied or not copied[-1] or sum(copied) < max(2, 0.7 * len(copied)):
+            return None
+        return np.intersect1d(before, answer)
+
+    def _swap_words(self, rng: np.random.Generator, common: np.ndarray, input_ids: np.ndarray,
+                    targets: np.ndarray) -> None:
+        """Swaps a random share of the words among these tokens wherever they stand in one document."""
+        kinds = self._kinds_of_words()
+        common = common[kinds[common] > 0]
+        swapped = np.arange(len(kinds))
+        for token in common[rng.random(len(common)) < rng.random()].tolist():
+            swapped[token] = rng.choice(np.flatnonzero(kinds == kinds[token]))
+        input_ids[:] = swapped[input_ids]
+        targets[:] = np.where(targets >= 0, swapped[targets], targets)
+
+    def _kinds_of_words(self) -> np.ndarray:
+        """(V,) which of WORDS each token is, from 1; 0 for digits, punctuation and parts of characters."""
+        if self._word_kinds is None:
+            tokenizer = self.prepared.tokenizer
+            texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
+            self._word_kinds = np.array([next((number for number, pattern in enumerate(WORDS, 1)
+                                               if pattern.fullmatch(text)), 0) for text in texts])
+        return self._word_kinds
 
     def supervised_bytes(self, targets: torch.Tensor) -> int:
         """UTF-8 bytes of the targets that carry loss: bits per byte = nats / ln 2 / bytes."""

@@ -194,9 +194,12 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.ffn = FFN(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Optional[KVCache] = None,
-                causal: bool = True, mask: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Optional[KVCache] = None, causal: bool = True,
+                mask: Optional[Tensor] = None, kept: Optional[Tensor] = None) -> Tensor:
+        """x (B, T, C) -> (B, T, C), or (N, C) where `kept` (N,) says which of the B T positions are looked at."""
         x = x + self.attention(self.attention_norm(x), cos, sin, self.layer, cache, causal, mask)
+        if kept is not None:
+            x = x.flatten(0, 1)[kept]
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -224,12 +227,13 @@ class LinearCrossEntropy(torch.autograd.Function):
                                        grad_x.split(rows) if needs_grad else x_cast.split(rows), strict=True):
             keep = (target >= 0)[:, None]
             target = target.clamp(min=0)[:, None]
-            # On a CPU log_softmax is one loop, where logsumexp is four and takes eight times as long.
-            log_probability = F.linear(chunk, weight_cast).float().log_softmax(-1)
-            chosen = log_probability.gather(1, target).mul_(keep)
-            total -= chosen.sum()
+            logits = F.linear(chunk, weight_cast).float()
+            # The largest logit and its probability give log_softmax of the target in a third of log_softmax's time.
+            below = logits.gather(1, target) - logits.amax(1, keepdim=True)
+            probability = logits.softmax(-1)
+            total -= (below + probability.amax(1, keepdim=True).log()).mul_(keep).sum()
             if needs_grad:
-                error = log_probability.exp_().scatter_add_(1, target, torch.full_like(chosen, -1.0))
+                error = probability.scatter_add_(1, target, torch.full_like(below, -1.0))
                 error = error.mul_(keep).to(dtype)  # d loss / d logits
                 torch.mm(error, weight_cast, out=into)
                 if dtype == torch.float32:
@@ -320,8 +324,12 @@ class GPT(nn.Module):
         used = (count - 1) * config.n_kv_head // config.n_head + 1  # key heads of these queries
         heads[config.n_head:config.n_head + used] += torch.outer(key, shared)
 
-    def hidden(self, input_ids: Tensor, cache: Optional[KVCache] = None, mask: Optional[Tensor] = None) -> Tensor:
-        """The normed last layer (B, T, C) for ids (B, T). With a cache the ids follow the positions it holds."""
+    def hidden(self, input_ids: Tensor, cache: Optional[KVCache] = None, mask: Optional[Tensor] = None,
+               kept: Optional[Tensor] = None) -> Tensor:
+        """The normed last layer (B, T, C) for ids (B, T). With a cache the ids follow the positions it holds.
+
+        `kept` (N,) leaves of the B T positions those that are looked at, (N, C).
+        """
         T = input_ids.size(1)
         start, causal = 0, mask is None
         if cache is not None:
@@ -336,8 +344,8 @@ class GPT(nn.Module):
             raise ValueError("the sequence is longer than the model's context_length")
         cos, sin = self.cos[start:start + T], self.sin[start:start + T]
         x = self.token_embedding(input_ids)
-        for block in self.blocks:
-            x = block(x, cos, sin, cache, causal, mask)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, cos, sin, cache, causal, mask, kept if layer == len(self.blocks) - 1 else None)
         if cache is not None:
             cache.position = start + T
         return self.final_norm(x)
@@ -356,10 +364,11 @@ class GPT(nn.Module):
     @torch.jit.unused
     def loss(self, input_ids: Tensor, targets: Tensor, mask: Optional[Tensor] = None) -> Tensor:
         """Training's form of forward: the cross-entropy summed over the targets that are not -100, a scalar in nats."""
-        x, targets = self.hidden(input_ids, None, mask).flatten(0, 1), targets.flatten()
-        if x.device.type == "cpu":  # most of a chat carries no loss; on a GPU picking would stall it
+        targets, kept = targets.flatten(), None
+        if targets.device.type == "cpu":  # most of a chat carries no loss; on a GPU picking would stall it
             kept = (targets >= 0).nonzero().squeeze(1)
-            x, targets = x[kept], targets[kept]
+            targets = targets[kept]
+        x = self.hidden(input_ids, None, mask, kept).view(-1, self.config.d_model)
         return LinearCrossEntropy.apply(x, self.lm_head.weight, targets)
 
     @torch.jit.unused

@@ -1,6 +1,7 @@
 """The optimizers of train.py: Muon for the matrices inside the blocks, an Adam of its own for embeddings and norms."""
 
-from typing import List, Sequence, Tuple
+import math
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -18,18 +19,24 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor, side: Optional[int] = None) -> Tensor:
     """The nearest semi-orthogonal matrices to a stack (N, R, C): U V^T where each is U S V^T, to 8 per cent.
 
-    In bfloat16 on a GPU; in float32 on a CPU, where bfloat16 products can be hundreds of times slower.
+    With `side`, blocks of so many rows (columns, where these are fewer) are orthogonalized each for itself, if the
+    matrix divides into such. In bfloat16 on a GPU; in float32 on a CPU, where bfloat16 products can be hundreds of
+    times slower.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     if flipped := x.size(-2) > x.size(-1):
         x = x.mT
+    shape = x.shape
+    if side and shape[-2] % side == 0:
+        x = x.reshape(-1, side, shape[-1])
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)  # every singular value is now at most 1
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.reshape(shape)
     return (x.mT if flipped else x).to(matrices.dtype)
 
 
@@ -37,15 +44,17 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalized (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
     Each group holds parameters of one shape; `rows` says which row blocks of such a parameter are matrices of their own
-    (q, k and v are stored as one). Equal shapes go through the products as one stack: for small models ten times
-    quicker than one by one. `found_inf` (a tensor, set by the trainer) > 0 turns a step into nothing, without a
-    look from the host.
+    (q, k and v are stored as one), `side` how large the blocks are that orthogonalize takes of them. Equal shapes go
+    through the products as one stack: for small models ten times quicker than one by one. `found_inf` (a tensor, set
+    by the trainer) > 0 turns a step into nothing, without a look from the host.
     """
 
     found_inf: Tensor
 
-    def __init__(self, groups: Sequence[dict], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, groups: Sequence[dict], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
+                 side: Optional[int] = None):
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.side = side
 
     @torch.no_grad()
     def step(self) -> None:
@@ -68,7 +77,7 @@ class Muon(torch.optim.Optimizer):
                     blocks.append((block.shape, len(stack)))
                     stack.append(block)
                 places.append((group, parameter, blocks))
-        done = {shape: orthogonalize(torch.stack(stack)) for shape, stack in updates.items()}
+        done = {shape: orthogonalize(torch.stack(stack), self.side) for shape, stack in updates.items()}
         for group, parameter, blocks in places:
             # sqrt(rows / columns) keeps the size of what a matrix adds to its output the same for every shape
             update = torch.cat([done[shape][index] * max(1.0, shape[0] / shape[1]) ** 0.5 for shape, index in blocks])
@@ -111,9 +120,22 @@ class FlooredAdam(torch.optim.Optimizer):
                 parameter.sub_(mean.div(divisor).mul_(ok * rate))
 
 
-def make_optimizers(model: GPT, learning_rate: float, embedding_lr: float,
-                    weight_decay: float) -> List[torch.optim.Optimizer]:
-    """[Muon, FlooredAdam] over all parameters of the model. Weight decay goes to matrices alone."""
+def block_side(tokens: int) -> int:
+    """Rows of the blocks in which Muon orthogonalizes, for steps of so many tokens: a power of two, 32 or more.
+
+    Orthogonalizing costs some 16 FLOPs an element for each row of its matrix, a gradient 6 an element for each token.
+    In blocks (cf. Khaled et al. 2025, arXiv 2510.16981) it takes at most a fifth of what the gradient takes; with the
+    batches of a GPU the blocks are the matrices.
+    """
+    return max(32, 2 ** int(math.log2(0.2 * 6 * tokens / 16)))
+
+
+def make_optimizers(model: GPT, learning_rate: float, embedding_lr: float, weight_decay: float,
+                    tokens: int) -> List[torch.optim.Optimizer]:
+    """[Muon, FlooredAdam] over all parameters of a model trained in steps of so many tokens.
+
+    Weight decay goes to matrices alone.
+    """
     config, matrices, others = model.config, [], []
     kv = config.n_kv_head * config.head_dim
     rows = {"attention.qkv.weight": [config.n_head * config.head_dim, kv, kv], "ffn.gate_up.weight": [config.d_ff] * 2}
@@ -123,7 +145,7 @@ def make_optimizers(model: GPT, learning_rate: float, embedding_lr: float,
             matrices.append(dict(params=[parameter], rows=split))
         else:
             others.append(parameter)
-    muon = Muon(matrices, lr=learning_rate, weight_decay=weight_decay)
+    muon = Muon(matrices, lr=learning_rate, weight_decay=weight_decay, side=block_side(tokens))
     adam = FlooredAdam(others, lr=embedding_lr)
     for optimizer in (muon, adam):
         for group in optimizer.param_groups:

@@ -92,6 +92,7 @@ class TrainConfig:
     grad_clip: float = setting(1.0, "largest norm of the gradient")
     eval_interval: Optional[int] = setting(None, "steps between evaluations (default: 12 in a run)")
     eval_tokens: Optional[int] = setting(None, "tokens of the validation split to evaluate on, at most")
+    vary_copies: bool = setting(True, "put other words into answers that repeat what was said, anew each epoch")
     seed: int = setting(0, "fixes the weights and the order of the data")
     init_from: Optional[str] = setting(None, "start from this checkpoint's weights and tokenizer (fine-tuning)")
     resume: bool = setting(False, "go on from last.pt in out_dir")
@@ -344,7 +345,7 @@ class Trainer:
         self.config, self.world, self.prepared = config, world, prepared
         self.folder = Path(config.out_dir)
         self.tokenizer = prepared.tokenizer
-        self.train_rows = prepared.split("train", config.context_length, config.seed)
+        self.train_rows = prepared.split("train", config.context_length, config.seed, config.vary_copies)
         self.val_rows = prepared.split("val", config.context_length, config.seed)
         torch.manual_seed(config.seed % 2**63)
         if start is None:
@@ -364,7 +365,8 @@ class Trainer:
         elif world.size > 1:
             self.module = nn.parallel.DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         self.summary = (start.training or {}).get("summary", {}) if start and config.resume else {}
-        self.optimizers = make_optimizers(self.model, config.learning_rate, config.embedding_lr, config.weight_decay)
+        self.optimizers = make_optimizers(self.model, config.learning_rate, config.embedding_lr, config.weight_decay,
+                                          config.batch_size * config.context_length)
         self.autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
         self.eager = self.module
         if config.compile:

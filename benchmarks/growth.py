@@ -44,7 +44,7 @@ def cell(size: str, context: int, tokens: int, name: str) -> tuple[float, float,
     module = train.LossModule(model)
     if device.type == "cuda":
         module = torch.compile(module)
-    optimizers = train.make_optimizers(model, 0.01, 0.001, 0.1)
+    optimizers = train.make_optimizers(model, 0.01, 0.001, 0.1, tokens)
     whole = tokens // context, context
     for rows_and_length in ((1, min(128, context)) if device.type == "cpu" else whole, whole):
         ids = torch.randint(0, model.config.vocab_size, rows_and_length, device=device)

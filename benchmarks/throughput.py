@@ -37,27 +37,27 @@ def d_ff(width: int) -> int:
     return round(8 * width / 3 / 32) * 32
 
 
-def ours(layers, width, heads, context, vocabulary, device):
+def ours(layers, width, heads, rows, context, vocabulary, device):
     sys.path.insert(0, str(ROOT))
     import train
     from model import GPT, GPTConfig
     train.keep_freed_memory()
     model = GPT(GPTConfig(vocab_size=vocabulary, context_length=context, n_layer=layers, n_head=heads, n_kv_head=heads,
                           d_model=width, d_ff=d_ff(width), head_dim=width // heads)).to(device)
-    optimizers = train.make_optimizers(model, 0.01, 0.001, 0.1)
+    optimizers = train.make_optimizers(model, 0.01, 0.001, 0.1, rows * context)
     for optimizer in optimizers:
         optimizer.found_inf = torch.zeros((), device=device)
     return model, train.LossModule(model), lambda loss, count: loss / count, optimizers
 
 
-def nanogpt(layers, width, heads, context, vocabulary, device):
+def nanogpt(layers, width, heads, rows, context, vocabulary, device):
     from model import GPT, GPTConfig  # the peer's: its folder is the first of the path
     model = GPT(GPTConfig(block_size=context, vocab_size=vocabulary, n_layer=layers, n_head=heads, n_embd=width,
                           dropout=0.0, bias=False)).to(device)
     return model, model, lambda found, _: found[1], [model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device)]
 
 
-def transformers(layers, width, heads, context, vocabulary, device):
+def transformers(layers, width, heads, rows, context, vocabulary, device):
     from transformers import Qwen3Config, Qwen3ForCausalLM
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=d_ff(width), num_hidden_layers=layers,
@@ -84,11 +84,11 @@ SIDES = {"ours": ours, "nanoGPT": nanogpt, "transformers": transformers}
 def begin(name: str, shape: tuple, path: str, device: str, compiled: bool) -> None:
     """In the side's process: what the functions below will use."""
     global model, module, mean_loss, optimizers, batch, autocast
-    layers, width, heads, rows, context, vocabulary = shape
+    _, _, _, rows, context, vocabulary = shape
     sys.path.insert(0, path)
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
-        model, module, mean_loss, optimizers = SIDES[name](layers, width, heads, context, vocabulary, device)
+        model, module, mean_loss, optimizers = SIDES[name](*shape, device)
     if compiled:
         module = torch.compile(module)
     autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")

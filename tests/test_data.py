@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import zlib
@@ -876,6 +877,72 @@ def test_a_row_depends_on_seed_epoch_and_index_alone(documents, context):
             assert whole.documents is None or (whole.documents[i] <= 0).all()
         else:
             assert torch.equal(row.documents[0], whole.documents[i])
+
+
+COPIES = ["重复：早上朋友在海边跑步", "把“下雨了快回家”再说一遍", "Repeat after me: the small dog sleeps near the door",
+          "Please say exactly this: we sing at night", "说：一 二 三 四"]
+ANSWERS = ["早上朋友在海边跑步", "下雨了快回家", "the small dog sleeps near the door", "we sing at night",
+           "一 二 三 四"]
+OTHERS = [("法国的首都是哪里？", "法国的首都是巴黎。"),
+          ("Paris is the capital of which country?", "Paris is the capital of France."),
+          ("38+21=?", "38+21: ones 8+1=9, tens 3+2=5, so it is 59."), ("What is 1 2 3 4 5?", "1 2 3 4 5")]
+TOLD = "red green blue"  # and asked for later
+
+
+def copying_corpus(tmp_path):
+    pairs = [*zip(COPIES, ANSWERS, strict=True), *OTHERS] * 6
+    lines = [json.dumps({"prompt": f"{number} {question}", "completion": answer}, ensure_ascii=False)
+             for number, (question, answer) in enumerate(pairs)]
+    recalled = [f"my dog is called {TOLD}", f"Hello, {TOLD}!", "What is 1 2 3 4 5?", "1 2 3 4 5", "And my dog?",
+                f"Your dog is called {TOLD}"]
+    lines += [json.dumps({"messages": [{"role": role, "content": text} for role, text in
+                                       zip(["user", "assistant"] * 3, recalled, strict=True)]})] * 6
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    words = sorted({word for text in [*COPIES, *ANSWERS, TOLD] for word in re.findall("[A-Za-z]+|[一-龥]", text)})
+    tokenizer = Tokenizer.train([f" {word}\n{word}" for word in words] * 3, 700)  # none that holds a whole sentence
+    return prepare(tmp_path / "chats.jsonl", tokenizer, None, tmp_path / "cache")
+
+
+def documents_of(batch):
+    """(fed, to be learnt) of each document of a batch, as lists of ids."""
+    for ids, targets, numbers in zip(batch.input_ids, batch.targets, batch.documents, strict=True):
+        for number in range(int(numbers.max()) + 1):
+            yield ids[numbers == number].tolist(), targets[numbers == number].tolist()
+
+
+def test_words_of_a_copy_are_swapped_alike_in_question_and_answer_and_nothing_else_is(tmp_path):
+    prepared = copying_corpus(tmp_path)
+    plain, varied = (Packed(prepared, prepared.documents[:-1], prepared.documents[1:], prepared.kinds, 256, 0, vary)
+                     for vary in (False, True))
+    kinds = varied._kinds_of_words()
+    changed = recalled = 0
+    for epoch in range(4):
+        rows = range(plain.rows(epoch))
+        for before, after in zip(documents_of(plain.batch(epoch, rows)), documents_of(varied.batch(epoch, rows)),
+                                 strict=True):
+            swaps = {old: new for part in (0, 1) for old, new in zip(before[part], after[part], strict=True)}
+            for part in (0, 1):
+                assert [swaps[token] for token in before[part]] == after[part]
+            for old, new in swaps.items():
+                assert old == new or (kinds[old] == kinds[new] > 0 and old in before[0] and old in before[1])
+            if before != after:
+                changed += 1
+                question = prepared.tokenizer.decode(before[0])
+                assert any(copy in question for copy in [*COPIES, TOLD]), question
+                recalled += TOLD in question
+    assert changed > 60
+    assert recalled > 8
+
+
+def test_varied_copies_depend_on_seed_epoch_and_row_alone(tmp_path):
+    prepared = copying_corpus(tmp_path)
+    train, again, plain = (prepared.split("train", 64, 5, vary_copies=vary) for vary in (True, True, False))
+    rows = range(train.rows(1))
+    whole = train.batch(1, rows)
+    assert not torch.equal(whole.input_ids, plain.batch(1, rows).input_ids)
+    for i in reversed(rows):
+        assert torch.equal(again.batch(1, [i]).input_ids[0], whole.input_ids[i])
+        assert torch.equal(again.batch(1, [i]).targets[0], whole.targets[i])
 
 
 def test_epochs_and_seeds_differ_and_one_long_text_is_cut_elsewhere(tokenizer):

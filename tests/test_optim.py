@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from optim import FlooredAdam, Muon, make_optimizers, orthogonalize
+from optim import FlooredAdam, Muon, block_side, make_optimizers, orthogonalize
 
 SIZES = dict(vocab_size=61, context_length=16, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=40, head_dim=8)
 
@@ -30,6 +30,24 @@ def test_a_stack_is_orthogonalized_as_each_matrix_alone():
                                torch.cat([orthogonalize(m[None]) for m in matrices]), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("shape", "blocks"), [
+    ((12, 20), [(4, 20)] * 3), ((20, 12), [(20, 4)] * 3), ((8, 8), [(4, 8)] * 2), ((10, 20), [(10, 20)]),
+    ((4, 4), [(4, 4)])])
+def test_in_blocks_each_is_orthogonalized_for_itself(shape, blocks):
+    matrices = torch.randn(3, *shape)
+    parts = matrices.split(4, dim=2 if shape[0] > shape[1] else 1) if len(blocks) > 1 else [matrices]
+    assert [tuple(part.shape[1:]) for part in parts] == blocks
+    plain = torch.cat([orthogonalize(part) for part in parts], dim=2 if shape[0] > shape[1] else 1)
+    torch.testing.assert_close(orthogonalize(matrices, 4), plain, atol=1e-5, rtol=1e-4)
+
+
+def test_small_steps_orthogonalize_in_blocks_and_large_ones_whole_matrices():
+    assert [block_side(tokens) for tokens in (1, 2048, 4096, 16384, 262144)] == [32, 128, 256, 1024, 16384]
+    model = a_model_with_gradients()
+    for tokens in (64, 2048):
+        assert make_optimizers(model, 0.1, 0.01, 0.5, tokens)[0].side == block_side(tokens)
+
+
 def a_model_with_gradients() -> GPT:
     torch.manual_seed(0)
     model = GPT(GPTConfig(**SIZES))
@@ -41,7 +59,7 @@ def a_model_with_gradients() -> GPT:
 def test_one_step_is_the_plain_formula_for_every_matrix_and_fused_rows_are_matrices_of_their_own():
     model = a_model_with_gradients()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    muon, adam = make_optimizers(model, learning_rate=0.1, embedding_lr=0.01, weight_decay=0.5)
+    muon, adam = make_optimizers(model, learning_rate=0.1, embedding_lr=0.01, weight_decay=0.5, tokens=2048)
     muon.found_inf = adam.found_inf = torch.zeros(())
     muon.step()
     adam.step()
@@ -86,14 +104,14 @@ def test_an_embedding_with_faint_gradients_keeps_its_place_while_one_in_use_move
 
 def test_every_parameter_has_exactly_one_optimizer():
     model = a_model_with_gradients()
-    held = [id(p) for optimizer in make_optimizers(model, 0.1, 0.1, 0.0)
+    held = [id(p) for optimizer in make_optimizers(model, 0.1, 0.1, 0.0, 2048)
             for group in optimizer.param_groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
 
 
 def test_a_step_with_found_inf_changes_nothing():
     model = a_model_with_gradients()
-    optimizers = make_optimizers(model, 0.1, 0.1, 0.5)
+    optimizers = make_optimizers(model, 0.1, 0.1, 0.5, 2048)
     for found_inf in (0.0, 1.0):
         before = [p.detach().clone() for p in model.parameters()]
         momenta = [s["momentum"].clone() for s in optimizers[0].state.values()]
