@@ -17,10 +17,10 @@ LANGUAGES = ("zh", "en")
 SKILLS = {"talk": "1 greetings", "facts": "2 facts", "math": "3 sums", "memory": "4 memory", "words": "5 words",
           "stories": "6 stories", "unknown": "7 not knowing"}
 # Conversations a file. Chinese comes first; a file stops earlier where its phrasings run out.
-SIZES = {"talk": (1950, 1600), "facts": (1900, 1600), "math": (2300, 1900), "memory": (885, 725),
-         "words": (2600, 2200), "stories": (310, 255), "unknown": (1020, 870), "mixed": (240, 185),
-         "text": (560, 370)}
-HELD_OUT_EACH = 72  # held-out items a skill and language
+SIZES = {"talk": (2720, 2290), "facts": (2200, 1850), "math": (2450, 2100), "memory": (740, 620),
+         "words": (2200, 1850), "stories": (330, 280), "unknown": (1050, 890), "mixed": (160, 130),
+         "text": (400, 270)}
+HELD_OUT_EACH = 60  # held-out items a skill and language
 OPTIONAL = re.compile(r"(\[[^\[\]]*\]|[\u4e00-\u9fff，“”])\?(?!$)")
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
 PUNCTUATION = re.compile(r"[\W_]+")
@@ -81,13 +81,27 @@ def spoken(rng: random.Random, text: str, language: str, held: bool = False, ope
     return text
 
 
-def draw(rng: random.Random, bank: dict, key: str) -> str:
-    """A template under `key`, one time in four of those that people say more seldom."""
+class Dealer(random.Random):
+    """A random generator that also deals: every line of a bank once, in a shuffled order, before any comes again."""
+
+    def __init__(self, seed: str):
+        super().__init__(seed)
+        self.piles: dict[int, list[str]] = {}
+
+    def deal(self, lines: list[str]) -> str:
+        pile = self.piles.setdefault(id(lines), [])
+        if not pile:
+            pile += self.sample(lines, len(lines))
+        return pile.pop()
+
+
+def draw(rng: Dealer, bank: dict, key: str) -> str:
+    """A template under `key`, one time in five of those that people say more seldom."""
     seldom = bank.get(f"seldom_{key}")
-    return rng.choice(seldom if seldom and rng.random() < 0.25 else bank[key])
+    return rng.deal(seldom if seldom and rng.random() < 0.2 else bank[key])
 
 
-def phrase(rng: random.Random, bank: dict, held: bool) -> str:
+def phrase(rng: Dealer, bank: dict, held: bool) -> str:
     """A template of the bank: one that training sees, or one that it never sees."""
     return draw(rng, bank, "heldout" if held else "train")
 
@@ -100,7 +114,7 @@ INTENT_WEIGHTS = {language: [len(intent[language]["train"]) + 3 for intent in BA
 INTENTS = {intent["name"]: intent for intent in BANKS["talk"]["intents"]}
 
 
-def talk(rng: random.Random, language: str, held: bool = False, name: Optional[str] = None) -> Turn:
+def talk(rng: Dealer, language: str, held: bool = False, name: Optional[str] = None) -> Turn:
     """Greetings, thanks, farewells, who the assistant is and what it can do."""
     while True:
         intent = (INTENTS[name] if name else
@@ -125,7 +139,7 @@ COUNTRIES = BANKS["countries"]
 COLUMNS = {"capital": 2, "about": 2, "continent": 4, "language": 6, "currency": 8}
 
 
-def country(rng: random.Random, language: str, held: bool = False, kind: Optional[str] = None,
+def country(rng: Dealer, language: str, held: bool = False, kind: Optional[str] = None,
             follow: bool = False) -> Turn:
     """Capital, continent, language, currency of a country, all of these at once, or whose capital a city is."""
     en = language == "en"
@@ -148,7 +162,7 @@ def country(rng: random.Random, language: str, held: bool = False, kind: Optiona
     return Turn(spoken(rng, capital(text), language, held, not follow), answer, (re.sub("^the ", "", key),))
 
 
-def animal(rng: random.Random, language: str, held: bool = False, kind: Optional[str] = None) -> Turn:
+def animal(rng: Dealer, language: str, held: bool = False, kind: Optional[str] = None) -> Turn:
     """What an animal eats, its legs, its sound, where it lives."""
     things = BANKS["things"]
     while True:
@@ -169,7 +183,7 @@ def animal(rng: random.Random, language: str, held: bool = False, kind: Optional
     return Turn(spoken(rng, capital(text), language, held), answer, (str(value).removeprefix("有"),))
 
 
-def colour(rng: random.Random, language: str, held: bool = False) -> Turn:
+def colour(rng: Dealer, language: str, held: bool = False) -> Turn:
     """The colour of a thing."""
     bank = BANKS["things"]["colours"]
     thing, value = rng.choice(bank[language])
@@ -192,7 +206,7 @@ def opposites(language: str) -> dict[str, str]:
 OPPOSITES = {language: opposites(language) for language in LANGUAGES}
 
 
-def opposite(rng: random.Random, language: str, held: bool = False) -> Turn:
+def opposite(rng: Dealer, language: str, held: bool = False) -> Turn:
     """The opposite of a word."""
     word, value = rng.choice(list(OPPOSITES[language].items()))
     bank = BANKS["things"]["opposite_questions"][language]
@@ -200,16 +214,16 @@ def opposite(rng: random.Random, language: str, held: bool = False) -> Turn:
     return Turn(spoken(rng, capital(text), language, held), expand(rng, bank["answer"], x=word, y=value), (value,))
 
 
-def general(rng: random.Random, language: str, held: bool = False) -> Turn:
+def general(rng: Dealer, language: str, held: bool = False) -> Turn:
     """The calendar and a few facts that everybody knows."""
     fact = rng.choice(BANKS["things"]["general"])
     text = expand(rng, draw(rng, fact, f"held_{language}" if held else language))
     return Turn(spoken(rng, text, language, held), fact[f"a_{language}"], tuple(fact[f"keys_{language}"]))
 
 
-def facts(rng: random.Random, language: str, held: bool = False) -> Turn:
+def facts(rng: Dealer, language: str, held: bool = False) -> Turn:
     """One of the kinds of facts."""
-    kind = rng.choices([country, animal, colour, opposite, general], [10, 5, 3, 3, 4])[0]
+    kind = rng.choices([country, animal, colour, opposite, general], [10, 5, 3, 3, 7])[0]
     return kind(rng, language, held)
 
 
@@ -237,7 +251,7 @@ def held_pairs() -> dict[str, set[tuple[int, int]]]:
 HELD_PAIRS = held_pairs()
 
 
-def draw_pair(rng: random.Random, kind: str, held: bool) -> tuple[int, int]:
+def draw_pair(rng: Dealer, kind: str, held: bool) -> tuple[int, int]:
     """Two numbers for an exercise: a held-out pair or one of the others, one-digit pairs more often than chance."""
     if held:
         return rng.choice(sorted(HELD_PAIRS[kind]))
@@ -254,6 +268,24 @@ def draw_pair(rng: random.Random, kind: str, held: bool) -> tuple[int, int]:
             continue
         if (a, b) not in HELD_PAIRS[kind]:
             return a, b
+
+
+ONES = {"zh": "零 一 二 三 四 五 六 七 八 九 十".split(),
+        "en": "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+              "seventeen eighteen nineteen".split()}
+TENS = {"zh": [f"{ten}十" for ten in ["", "", *"二三四五六七八九"]],
+        "en": ["", "", *"twenty thirty forty fifty sixty seventy eighty ninety".split()]}
+
+
+def in_words(number: int, language: str) -> str:
+    """A number from 0 to 100 as people write it out."""
+    if number == 100:
+        return {"zh": "一百", "en": "one hundred"}[language]
+    ones, tens = ONES[language], TENS[language]
+    if number < len(ones):
+        return ones[number]
+    ten, one = tens[number // 10], ones[number % 10] if number % 10 else ""
+    return ten + ("-" if language == "en" and one else "") + one if number > 19 else f"十{one}"
 
 
 def worked(kind: str, a: int, b: int, language: str) -> str:
@@ -276,7 +308,7 @@ def worked(kind: str, a: int, b: int, language: str) -> str:
     return f"{a}{sign}{b}: ones {ones}, tens {tens}, so it is {result}."
 
 
-def arithmetic(rng: random.Random, language: str, held: bool = False) -> Turn:
+def arithmetic(rng: Dealer, language: str, held: bool = False) -> Turn:
     """An addition or a subtraction within 100."""
     kind = rng.choice(["add", "sub"])
     a, b = draw_pair(rng, kind, held)
@@ -287,12 +319,14 @@ def arithmetic(rng: random.Random, language: str, held: bool = False) -> Turn:
         template = bank["train"][0]
     thing = rng.choice(MATH["things"][language])
     values = {"m": thing[0], "t": thing[1]} if language == "zh" else {"t": thing}
-    text = expand(rng, template, a=a, b=b, **values)
+    written_out = not held and "{t}" not in template and not re.search("[-+=]", template) and rng.random() < 0.15
+    x, y = (in_words(a, language), in_words(b, language)) if written_out else (a, b)
+    text = expand(rng, template, a=x, b=y, **values)
     result = a + b if kind == "add" else a - b
     return Turn(spoken(rng, text, language, held), worked(kind, a, b, language), (str(result),), "last_number")
 
 
-def comparison(rng: random.Random, language: str, held: bool = False) -> Turn:
+def comparison(rng: Dealer, language: str, held: bool = False) -> Turn:
     """Which of two numbers is bigger or smaller, or whether one is."""
     kind = rng.choice(["bigger", "bigger", "smaller", "is_bigger"])
     a, b = draw_pair(rng, "compare", held)
@@ -315,7 +349,7 @@ def comparison(rng: random.Random, language: str, held: bool = False) -> Turn:
     return Turn(spoken(rng, text, language, held), answer, keys, match)
 
 
-def counting(rng: random.Random, language: str, held: bool = False) -> Turn:
+def counting(rng: Dealer, language: str, held: bool = False) -> Turn:
     """The number after or before one, or some numbers in a row."""
     kind = rng.choice(["after", "after", "before", "count"])
     bank = MATH[kind][language]
@@ -340,7 +374,7 @@ MONTHS = {"zh": [f"{number}月" for number in "一 二 三 四 五 六 七 八 �
                  "November", "December"]}
 
 
-def calendar(rng: random.Random, language: str, held: bool = False) -> Turn:
+def calendar(rng: Dealer, language: str, held: bool = False) -> Turn:
     """The day or the month some steps after or before one."""
     kind = rng.choice(["day", "day", "month"])
     step = rng.choice(sorted(MATH[kind][language]))
@@ -352,7 +386,7 @@ def calendar(rng: random.Random, language: str, held: bool = False) -> Turn:
     return Turn(spoken(rng, text, language, held), expand(rng, bank["answer"], d=names[index], v=value), (value,))
 
 
-def too_hard(rng: random.Random, language: str, held: bool = False) -> Turn:
+def too_hard(rng: Dealer, language: str, held: bool = False) -> Turn:
     """Sums beyond addition and subtraction within 100, which the assistant declines."""
     bank = MATH["too_hard"][language]
     text = expand(rng, phrase(rng, bank, False), a=rng.randint(2, 99), b=rng.randint(2, 12), x=rng.randint(101, 999),
@@ -360,9 +394,9 @@ def too_hard(rng: random.Random, language: str, held: bool = False) -> Turn:
     return Turn(spoken(rng, text, language), bank["answer"])
 
 
-def math(rng: random.Random, language: str, held: bool = False) -> Turn:
+def math(rng: Dealer, language: str, held: bool = False) -> Turn:
     """One of the kinds of exercises."""
-    kinds, weights = [arithmetic, comparison, counting, calendar, too_hard], [22, 5, 4, 3, 0.6]
+    kinds, weights = [arithmetic, comparison, counting, calendar, too_hard], [19, 7, 5, 4, 0.7]
     return rng.choices(kinds[:4] if held else kinds, weights[:4] if held else weights)[0](rng, language, held)
 
 
@@ -373,7 +407,7 @@ NAMES = BANKS["names"]
 GIVEN = sorted(set(NAMES["given"]))
 
 
-def some_name(rng: random.Random, language: str) -> str:
+def some_name(rng: Dealer, language: str) -> str:
     """A name: Chinese ones are composed of characters, English ones listed or composed of syllables."""
     if language == "en":
         if rng.random() < 0.25:
@@ -381,6 +415,8 @@ def some_name(rng: random.Random, language: str) -> str:
         name = capital("".join(rng.sample(NAMES["syllables"], rng.choice([2, 2, 3]))))
         return f"{name} {capital(''.join(rng.sample(NAMES['syllables'], 2)))}" if rng.random() < 0.08 else name
     form = rng.random()
+    if form < 0.03:
+        return rng.choice(NAMES["compound_surnames"].split()) + "".join(rng.sample(GIVEN, rng.choice([1, 2])))
     if form < 0.72:
         return rng.choice(NAMES["surnames"]) + "".join(rng.sample(GIVEN, 1 if rng.random() < 0.25 else 2))
     if form < 0.8:
@@ -413,7 +449,7 @@ class Fact(NamedTuple):
     kind: str
 
 
-def draw_fact(rng: random.Random, language: str, kind: str, held: bool) -> Fact:
+def draw_fact(rng: Dealer, language: str, kind: str, held: bool) -> Fact:
     """A fact of a kind about the user, drawn at random."""
     en, words = language == "en", {}
     if kind == "name":
@@ -431,7 +467,7 @@ def draw_fact(rng: random.Random, language: str, kind: str, held: bool) -> Fact:
     return Fact(bank[language], {"v": value, "V": capital(value), **words}, kind)
 
 
-def tell(rng: random.Random, language: str, told: list[Fact], held: bool) -> tuple[str, str]:
+def tell(rng: Dealer, language: str, told: list[Fact], held: bool) -> tuple[str, str]:
     """What the user says to tell one fact or several at once, and the assistant's word that it has taken note."""
     texts = [expand(rng, draw(rng, fact.bank, "heldout_tell" if held else "tell"), **fact.words) for fact in told]
     if told[0].kind == "name" and len(told) == 1 and not held and rng.random() < 0.15:
@@ -452,7 +488,7 @@ def tell(rng: random.Random, language: str, told: list[Fact], held: bool) -> tup
     return text, (f"Hello, {name}! " if name else "All right. ") + "I will remember that " + " and ".join(noted) + "."
 
 
-def recall(rng: random.Random, language: str, fact: Fact, held: bool, known: bool = True) -> Turn:
+def recall(rng: Dealer, language: str, fact: Fact, held: bool, known: bool = True) -> Turn:
     """The question for a fact, and its answer: the fact, or that it has not been told."""
     text = expand(rng, draw(rng, fact.bank, "heldout_ask" if held else "ask"), **fact.words)
     text = spoken(rng, text, language, held, rng.random() < 0.4)
@@ -461,9 +497,10 @@ def recall(rng: random.Random, language: str, fact: Fact, held: bool, known: boo
     return Turn(text, answer, (key,))
 
 
-def memory(rng: random.Random, language: str, held: bool = False) -> tuple[list[Turn], Turn]:
+def memory(rng: Dealer, language: str, held: bool = False) -> tuple[list[Turn], Turn]:
     """The turns before the last, and the last: things told, other talk between, one of the things asked for."""
-    kinds = list(dict.fromkeys(rng.choice(KINDS) for _ in range(rng.choice([1, 1, 2, 2, 3]))))
+    nothing_told = not held and rng.random() < 0.06
+    kinds = [] if nothing_told else list(dict.fromkeys(rng.choice(KINDS) for _ in range(rng.choice([1, 1, 2, 2, 3]))))
     told = [draw_fact(rng, language, kind, held) for kind in kinds]
     new_words = held and rng.random() < 0.5
     turns: list[Turn] = []
@@ -483,7 +520,7 @@ def memory(rng: random.Random, language: str, held: bool = False) -> tuple[list[
                           else f"All right, I will remember that your name is {fact.words['v']}."))
     turns += [any_turn(rng, language) for _ in range(rng.choice([0, 0, 0, 1, 1]))]
     asked = rng.sample(told, len(told))
-    if rng.random() < 0.15:
+    if not told or rng.random() < (0.15 if held else 0.22):
         others = [kind for kind in dict.fromkeys(KINDS) if kind not in kinds]
         return turns, recall(rng, language, draw_fact(rng, language, rng.choice(others), held), held, known=False)
     turns += [recall(rng, language, fact, False) for fact in asked[1:] if rng.random() < 0.5]
@@ -499,7 +536,7 @@ SPELLED = list(dict.fromkeys([e for _, e in PAIRS] + WORDS["spell_only"].split()
 CHARACTERS = sorted({character for zh_word, _ in PAIRS for character in zh_word} | set(GIVEN))
 
 
-def translation(rng: random.Random, language: str, held: bool = False) -> Turn:
+def translation(rng: Dealer, language: str, held: bool = False) -> Turn:
     """A small word from Chinese to English or back."""
     zh_word, en_word = rng.choice(PAIRS)
     direction = rng.choice(["to_en", "to_zh"])
@@ -509,7 +546,7 @@ def translation(rng: random.Random, language: str, held: bool = False) -> Turn:
                 expand(rng, bank["answer"], z=zh_word, e=en_word), (en_word if direction == "to_en" else zh_word,))
 
 
-def spelling(rng: random.Random, language: str, held: bool = False) -> Turn:
+def spelling(rng: Dealer, language: str, held: bool = False) -> Turn:
     """An English word letter by letter."""
     word = rng.choice(SPELLED)
     bank = WORDS["spell"][language]
@@ -521,7 +558,7 @@ def spelling(rng: random.Random, language: str, held: bool = False) -> Turn:
 HELD_SENTENCES = {language: WORDS["held_sentences"][language].split("|") for language in LANGUAGES}
 
 
-def sentence(rng: random.Random, language: str) -> str:
+def sentence(rng: Dealer, language: str) -> str:
     """A plain sentence of words drawn from the bank, none of those held out."""
     bank = WORDS["parts"][language]
     while True:
@@ -533,7 +570,7 @@ def sentence(rng: random.Random, language: str) -> str:
             return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
-def repeating(rng: random.Random, language: str, held: bool = False) -> Turn:
+def repeating(rng: Dealer, language: str, held: bool = False) -> Turn:
     """A text to be said again, to the letter: a sentence, some words, a name, or numbers."""
     form, zh = rng.random(), language == "zh"
     if held:
@@ -559,9 +596,9 @@ def repeating(rng: random.Random, language: str, held: bool = False) -> Turn:
     return Turn(ask, text, (text,), "exact")
 
 
-def words(rng: random.Random, language: str, held: bool = False) -> Turn:
+def words(rng: Dealer, language: str, held: bool = False) -> Turn:
     """One of the kinds of exercises with words."""
-    return rng.choices([translation, spelling, repeating], [12, 7, 11])[0](rng, language, held)
+    return rng.choices([translation, spelling, repeating], [12, 7, 8])[0](rng, language, held)
 
 
 # ---------------------------------------------------------------------------------------------------- 6 stories
@@ -570,7 +607,7 @@ def words(rng: random.Random, language: str, held: bool = False) -> Turn:
 STORIES = BANKS["stories"]
 
 
-def subject(rng: random.Random, language: str, held: bool) -> tuple[str, str, str, bool]:
+def subject(rng: Dealer, language: str, held: bool) -> tuple[str, str, str, bool]:
     """How the request names a subject, its first mention, its name afterwards, and whether it is alive."""
     alive = rng.random() < 0.6
     name = rng.choice(STORIES[f"{'held_' if held else ''}{'who' if alive else 'what'}"][language].split("|"))
@@ -582,7 +619,7 @@ def subject(rng: random.Random, language: str, held: bool) -> tuple[str, str, st
     return name, name, re.sub("^an? ", "the ", name), True
 
 
-def stories(rng: random.Random, language: str, held: bool = False) -> Turn:
+def stories(rng: Dealer, language: str, held: bool = False) -> Turn:
     """A very short story or a verse on a subject."""
     asked, one, name, alive = subject(rng, language, held and rng.random() < 0.5)
     words = {"one": one, "s": name, "S": capital(name)}
@@ -606,7 +643,7 @@ UNKNOWN = BANKS["unknown"]
 DO_NOT_KNOW = {"zh": ("不知道", "不清楚", "不了解"), "en": ("do not know", "don't know")}
 
 
-def unknown(rng: random.Random, language: str, held: bool = False) -> Turn:
+def unknown(rng: Dealer, language: str, held: bool = False) -> Turn:
     """A question outside all that, and the plain word that the assistant does not know."""
     groups, fixed = [group[language] for group in UNKNOWN["groups"]], UNKNOWN["fixed"][language]
     if rng.random() < 0.2:
@@ -628,13 +665,13 @@ SINGLE: dict[str, Callable[..., Turn]] = {"talk": talk, "facts": facts, "math": 
                                           "stories": stories, "unknown": unknown}
 
 
-def any_turn(rng: random.Random, language: str) -> Turn:
+def any_turn(rng: Dealer, language: str) -> Turn:
     """A turn of any skill that needs no memory, small talk and facts most."""
     kind = rng.choices(list(SINGLE), [4, 5, 6, 4, 0.5, 2])[0]
     return SINGLE[kind](rng, language)
 
 
-def mixed(rng: random.Random, language: str) -> list[Turn]:
+def mixed(rng: Dealer, language: str) -> list[Turn]:
     """Two to five turns about different things, as people chat."""
     turns = [talk(rng, language, name=rng.choice(["hello", "hello", "hello", "may_i_ask", "morning", "evening"]))] \
         if rng.random() < 0.45 else []
@@ -657,7 +694,7 @@ def mixed(rng: random.Random, language: str) -> list[Turn]:
     return turns
 
 
-def page(rng: random.Random, language: str) -> list[str]:
+def page(rng: Dealer, language: str) -> list[str]:
     """A plain text, as lines: a story, or a question or two with their answers, as somebody asks a stranger."""
     if rng.random() < 0.25:
         return [stories(rng, language).answer]
@@ -676,7 +713,7 @@ def messages(turns: list[Turn], system: Optional[str] = None) -> list[dict]:
     return ([{"role": "system", "content": system}] if system else []) + said
 
 
-def held_out(rng: random.Random) -> Iterator[tuple[dict, str]]:
+def held_out(rng: Dealer) -> Iterator[tuple[dict, str]]:
     """The held-out items, and the last user message of each."""
     for name, skill in SKILLS.items():
         for language in LANGUAGES:
@@ -697,7 +734,7 @@ def held_out(rng: random.Random) -> Iterator[tuple[dict, str]]:
                        "match": last.match}, last.user
 
 
-def conversation(rng: random.Random, language: str, topic: str) -> list[Turn]:
+def conversation(rng: Dealer, language: str, topic: str) -> list[Turn]:
     """The turns of a conversation about a topic."""
     if topic == "memory":
         before, last = memory(rng, language)
@@ -710,7 +747,7 @@ def training(held_texts: set[str]) -> Iterator[tuple[str, dict]]:
     seen: set[str] = set()
     for topic, sizes in SIZES.items():
         for language, size in zip(LANGUAGES, sizes, strict=True):
-            rng = random.Random(f"{topic} {language}")
+            rng = Dealer(f"{topic} {language}")
             done = tries = 0
             while done < size and tries < size * 12:
                 tries += 1
@@ -732,7 +769,7 @@ def training(held_texts: set[str]) -> Iterator[tuple[str, dict]]:
 
 def build(out: Path) -> dict[str, int]:
     """Write all files into a folder; the number of lines of each."""
-    items = list(held_out(random.Random("heldout")))
+    items = list(held_out(Dealer("heldout")))
     files: dict[str, list[str]] = {}
     held = (("heldout.jsonl", item) for item, _ in items)
     for name, record in chain(held, training({normalised(user) for _, user in items})):

@@ -119,7 +119,7 @@ def test_a_country_has_one_answer_everywhere(conversations):
                 for name, value in re.findall(pattern, message["content"]):
                     assert table[name] == value, message
                     found += 1
-    assert found > 1000
+    assert found > 800
 
 
 def test_a_single_question_has_one_meaning(conversations):
@@ -157,7 +157,7 @@ def test_no_held_out_name_is_trained_on(conversations, texts, items):
     for name in told:
         assert (name.lower() not in english) if name.isascii() else (name not in text), name
     asked = [item["keys"][0] for item in items if item["keys"][0] in told]
-    assert len(asked) > 30
+    assert len(asked) > 20
 
 
 def test_no_held_out_pair_is_trained_on(conversations, texts):
@@ -205,7 +205,7 @@ def test_the_corpus_own_answers_are_all_right(items):
     """What the banks answer to a held-out question satisfies the keys, for every skill and language."""
     for language in build.LANGUAGES:
         for name in build.SKILLS:
-            rng = build.random.Random(f"answers {name} {language}")
+            rng = build.Dealer(f"answers {name} {language}")
             for _ in range(200):
                 make = build.SINGLE.get(name, lambda *arguments: build.memory(*arguments)[1])
                 turn = make(rng, language, True)
