@@ -17,9 +17,9 @@ LANGUAGES = ("zh", "en")
 SKILLS = {"talk": "1 greetings", "facts": "2 facts", "math": "3 sums", "memory": "4 memory", "words": "5 words",
           "stories": "6 stories", "unknown": "7 not knowing"}
 # Conversations a file. Chinese comes first; a file stops earlier where its phrasings run out.
-SIZES = {"talk": (2720, 2290), "facts": (2200, 1850), "math": (2450, 2100), "memory": (740, 620),
-         "words": (2200, 1850), "stories": (330, 280), "unknown": (1050, 890), "mixed": (160, 130),
-         "text": (400, 270)}
+SIZES = {"talk": (2550, 2150), "facts": (2200, 1850), "math": (2250, 1900), "memory": (740, 620),
+         "words": (2650, 2200), "stories": (320, 270), "unknown": (1050, 890), "mixed": (160, 130),
+         "text": (380, 260)}
 HELD_OUT_EACH = 60  # held-out items a skill and language
 OPTIONAL = re.compile(r"(\[[^\[\]]*\]|[\u4e00-\u9fff，“”])\?(?!$)")
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
@@ -96,9 +96,9 @@ class Dealer(random.Random):
 
 
 def draw(rng: Dealer, bank: dict, key: str) -> str:
-    """A template under `key`, one time in five of those that people say more seldom."""
+    """A template under `key`, one time in eight of those that people say more seldom."""
     seldom = bank.get(f"seldom_{key}")
-    return rng.deal(seldom if seldom and rng.random() < 0.2 else bank[key])
+    return rng.deal(seldom if seldom and rng.random() < 0.125 else bank[key])
 
 
 def phrase(rng: Dealer, bank: dict, held: bool) -> str:
@@ -598,7 +598,7 @@ def repeating(rng: Dealer, language: str, held: bool = False) -> Turn:
 
 def words(rng: Dealer, language: str, held: bool = False) -> Turn:
     """One of the kinds of exercises with words."""
-    return rng.choices([translation, spelling, repeating], [12, 7, 8])[0](rng, language, held)
+    return rng.choices([translation, spelling, repeating], [12, 7, 11])[0](rng, language, held)
 
 
 # ---------------------------------------------------------------------------------------------------- 6 stories
