@@ -121,7 +121,8 @@ def talk(rng: Dealer, language: str, held: bool = False, name: Optional[str] = N
                   rng.choices(BANKS["talk"]["intents"], INTENT_WEIGHTS[language])[0])[language]
         if intent["heldout"] or not held:
             break
-    text = expand(rng, phrase(rng, intent, held))
+    plain = not held and rng.random() < 0.2
+    text = rng.deal(intent["plain"]) if plain else expand(rng, phrase(rng, intent, held))
     if not held:
         if rng.random() < 0.12:
             text = rng.choice(CHAT["callings"][language]).replace("{text}", text)
@@ -734,6 +735,13 @@ def held_out(rng: Dealer) -> Iterator[tuple[dict, str]]:
                        "match": last.match}, last.user
 
 
+def plain_talk(language: str) -> Iterator[list[Turn]]:
+    """The plainest small talk, such as a bare hello: what everybody types first, and no draw may miss."""
+    for intent in (intent[language] for intent in BANKS["talk"]["intents"]):
+        for text in intent["plain"]:
+            yield [Turn(text, intent["answers"][0])]
+
+
 def conversation(rng: Dealer, language: str, topic: str) -> list[Turn]:
     """The turns of a conversation about a topic."""
     if topic == "memory":
@@ -749,9 +757,10 @@ def training(held_texts: set[str]) -> Iterator[tuple[str, dict]]:
         for language, size in zip(LANGUAGES, sizes, strict=True):
             rng = Dealer(f"{topic} {language}")
             done = tries = 0
+            plain = plain_talk(language) if topic == "talk" else iter(())
             while done < size and tries < size * 12:
                 tries += 1
-                turns = [] if topic == "text" else conversation(rng, language, topic)
+                turns = [] if topic == "text" else next(plain, None) or conversation(rng, language, topic)
                 lines = [turn.user for turn in turns] or page(rng, language)
                 identity = "\n".join(lines)
                 if identity in seen or any(normalised(line) in held_texts for line in lines):
