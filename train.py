@@ -658,6 +658,8 @@ def run(trainer: Trainer, progress: Progress, batches: Batches) -> None:
     skipped = torch.tensor([0.0, progress.skipped_in_a_row], device=world.device)  # since the last look, in a row
     rows = batches.ahead.result()[3]
     done = share_done(config, progress, rows)
+    if not progress.step:  # a budget that preparing the data used up still gives a model
+        done = min(done, 0.99)
     bar = tqdm(total=100, initial=100 * done, disable=not world.first, unit="%",
                bar_format="{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}")
     clock = time.monotonic() - progress.seconds

@@ -735,6 +735,12 @@ def test_a_run_with_epochs_and_minutes_ends_with_whichever_is_over_first():
     assert train.share_done(config, train.Progress(epoch=0, row=5, seconds=60), 10) == 0.5
 
 
+def test_a_budget_that_is_over_before_the_first_step_still_gives_a_model(chats, tmp_path):
+    train.train(settings(chats, tmp_path / "out", epochs=None, max_minutes=1e-6))
+    saved = Checkpoint.load(tmp_path / "out" / "best_model.pt")
+    assert saved.training["summary"]["steps"] == 1
+
+
 def test_progress_has_every_field_the_loop_uses_and_no_other():
     tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
