@@ -228,7 +228,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             keep = (target >= 0)[:, None]
             target = target.clamp(min=0)[:, None]
             logits = F.linear(chunk, weight_cast).float()
-            # The largest logit and its probability give log_softmax of the target; log_softmax and exp take twice as long.
+            # The largest logit and its probability give log_softmax of the target; log_softmax and exp take twice
+            # as long.
             below = logits.gather(1, target) - logits.amax(1, keepdim=True)
             probability = logits.softmax(-1)
             total -= (below + probability.amax(1, keepdim=True).log()).mul_(keep).sum()
