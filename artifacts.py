@@ -16,8 +16,8 @@ from typing import Callable, Iterator, List, Tuple
 import torch
 from torch import Tensor
 
-from data import Tokenizer, byte_of_character
 from model import GPT, Checkpoint, Decoder, GPTConfig, InputError
+from tokenizer import Tokenizer, byte_of_character
 
 SMALL_MODEL = 2**27  # bytes
 LARGEST_TEXT_FILE = 2**28  # bytes of config.json or tokenizer.json; the largest vocabulary in use needs some 2**25

@@ -29,8 +29,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 from artifacts import Runtime, open_model  # noqa: E402
-from data import StreamDecoder, harmless, render_chat  # noqa: E402
 from model import InputError, sample  # noqa: E402
+from tokenizer import StreamDecoder, harmless, render_chat  # noqa: E402
 
 STOPPED = "stopped"  # by Ctrl-C
 PENALTY_WINDOW = 64  # newest tokens of a reply that the repetition penalty looks at

@@ -31,9 +31,9 @@ from typing import Dict, List, Optional
 import numpy as np
 import torch
 
-from data import Tokenizer, render_chat
 from formats import FORMATS, Format, Source, first_line, writing
 from model import Checkpoint, InputError
+from tokenizer import Tokenizer, render_chat
 
 # ----------------------------------------------------------------------------------------------------- proving
 

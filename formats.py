@@ -18,8 +18,8 @@ from typing import Callable, Dict, Iterator, List, Tuple
 import torch
 from torch import Tensor, nn
 
-from data import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, byte_of_character, harmless
 from model import GPT, Checkpoint, GPTConfig, InputError, build_model
+from tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer, byte_of_character, harmless
 
 ONNX_OPSET = 20  # the newest that runtimes of 2024 read, and the oldest with all that is needed
 ONNX_FILE_LIMIT = 2**31 - 2**26  # bytes of weights; protobuf ends at 2 GiB, and the graph and tokenizer need some

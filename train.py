@@ -34,9 +34,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Batch, Packed, Prepared, Tokenizer, document_mask, harmless, masked_sample, prepare
+from data import Batch, Packed, Prepared, document_mask, masked_sample, prepare
 from model import GPT, IGNORE, Checkpoint, GPTConfig, InputError
 from optim import make_optimizers
+from tokenizer import Tokenizer, harmless
 
 HERE = Path(__file__).resolve().parent
 OUTPUTS = ("best_model.pt", "last.pt", "metrics.jsonl", "loss.png")

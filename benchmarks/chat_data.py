@@ -24,7 +24,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import Prepared, ReadReport, prepare, read_records  # noqa: E402 - found through the line above
+from data import Prepared, prepare  # noqa: E402 - found through the line above
+from readers import ReadReport, read_records  # noqa: E402 - found through the line above
 
 VOCABULARY, HEADS, KV_HEADS = 6400, 8, 4  # minimind's, which no flag of it changes
 

@@ -25,8 +25,8 @@ import torch.nn.functional as F  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import export  # noqa: E402 - found through the line above
-from data import SPECIAL_TOKENS, Tokenizer  # noqa: E402
 from model import GPT, Checkpoint, GPTConfig  # noqa: E402
+from tokenizer import SPECIAL_TOKENS, Tokenizer  # noqa: E402
 from train import ARCHITECTURE, PRESETS  # noqa: E402
 
 VOCABULARY = {"tiny": 4096, "26m": 6400, "64m": 6400, "124m": 32768}

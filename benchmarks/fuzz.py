@@ -38,8 +38,10 @@ sys.path.insert(0, str(ROOT))
 
 import chat  # noqa: E402 - found through the line above
 import train  # noqa: E402
-from data import ReadReport, Record, Tokenizer, prepare, read_records  # noqa: E402
+from data import prepare  # noqa: E402
 from model import Checkpoint, InputError  # noqa: E402
+from readers import ReadReport, Record, read_records  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
 
 LIMIT = 60  # seconds a case may take, far above what any needs, for a machine that has other work too
 LIMIT_LARGE = 600

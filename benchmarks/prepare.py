@@ -20,7 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import PATTERN, ReadReport, Tokenizer, byte_of_character, prepare, read_records  # noqa: E402
+from data import prepare  # noqa: E402
+from readers import ReadReport, read_records  # noqa: E402
+from tokenizer import PATTERN, Tokenizer, byte_of_character  # noqa: E402
 
 LENGTHS = (2_000, 100_000)  # characters
 

@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import Tokenizer, render_chat  # noqa: E402 (the repository's root has to be on the path first)
 from model import GPT, Checkpoint, InputError  # noqa: E402
+from tokenizer import Tokenizer, render_chat  # noqa: E402 (the repository's root has to be on the path first)
 
 MAX_NEW_TOKENS = 160
 STORY_LENGTH = {"zh": 20, "en": 60}  # characters

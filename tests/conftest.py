@@ -1,4 +1,4 @@
-"""What all tests share: the repo on the path, no network, two threads, and a tiny checkpoint."""
+"""What all tests share: the repo on the path, no network, two threads, a tokenizer, and a tiny checkpoint."""
 
 import os
 import sys
@@ -11,8 +11,8 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from data import Tokenizer  # noqa: E402
 from model import GPT, Checkpoint, GPTConfig  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
 
 torch.set_num_threads(2)
 
@@ -23,6 +23,17 @@ TEXTS = [
     "Spring is here, the flowers are open and the birds are singing in the trees.",
     "user system assistant 1 2 3 4 5 6 7 8 9 10",
 ]
+CORPUS = [
+    "春天来了，花开了，鸟儿在树上唱歌。夏天很热，秋天凉快，冬天会下雪。\n今天是星期一，明天是星期二。",
+    "Hello there! It's a fine day, isn't it? We'll walk over the hills, 12 or 345 miles.\n\n  And back.\r\n",
+    "def f(x):\n    return x + 1  # naïve café 😀👨‍👩‍👧 ñ ü ß Ж я\n\t\tif x: pass",
+    "aaaa bbbb abab    \n\n\n ...!!! -- ==== user assistant system tool\n",
+] * 3
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(CORPUS, 600)
 
 
 @pytest.fixture(scope="session")

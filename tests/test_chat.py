@@ -23,8 +23,9 @@ import chat
 import export
 from artifacts import LARGEST_TEXT_FILE
 from chat import Session, Settings, harmless, open_model, repeated_length
-from data import ReadReport, Tokenizer, read_records, render_chat
 from model import GPT, Checkpoint, Decoder, GPTConfig, InputError
+from readers import ReadReport, read_records
+from tokenizer import Tokenizer, render_chat
 
 ROOT = Path(__file__).resolve().parent.parent
 CHATS = [
@@ -177,7 +178,7 @@ def test_the_same_seed_gives_the_same_replies(tiny_checkpoint):
 # --------------------------------------------------------------------------------------------------- round trip
 
 
-def test_a_saved_conversation_is_read_back_by_data_py(trained, tmp_path):
+def test_a_saved_conversation_is_read_back_by_the_readers(trained, tmp_path):
     session = session_of(trained, system="你叫小智")
     for text in ("我叫小明", "我叫什么？"):
         ask(session, text)

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 import export
 import formats
-from data import SPECIAL_TOKENS, Tokenizer, render_chat
 from export import Staging, fuzz_texts, main, open_source
 from formats import FORMATS, from_transformers, load_transformers, to_transformers, tokenizer_json
 from model import GPT, Checkpoint, GPTConfig, InputError, unwrapped
+from tokenizer import SPECIAL_TOKENS, Tokenizer, render_chat
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = dict(context_length=64, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8)

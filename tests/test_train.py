@@ -27,8 +27,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
-from data import Tokenizer, render_chat
 from model import GPT, Checkpoint, InputError
+from tokenizer import Tokenizer, render_chat
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = dict(n_layer=1, n_head=2, n_kv_head=1, d_model=32, d_ff=48, context_length=32, batch_size=4, vocab_size=300,
