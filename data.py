@@ -331,6 +331,45 @@ def masked_sample(prepared: Prepared) -> list[tuple[str, bool]]:
             for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
+NEIGHBOURS = (-2, -1, 1, 2)  # places, from a token's own
+
+
+def token_vectors(prepared: Prepared, width: int) -> torch.Tensor:
+    """(V, width) float32, of mean square 1: alike for tokens that stand in like places of the training text.
+
+    The largest singular directions of the positive pointwise mutual information of each token with the commonest ones
+    at each of NEIGHBOURS (Levy & Goldberg 2014, Neural Word Embedding as Implicit Matrix Factorization). Tokens that
+    never occur get random ones. Draws from torch's generator; of a large corpus a sample of 8M tokens is read.
+    """
+    size, total, sample = prepared.tokenizer.vocab_size, len(prepared.tokens), 1 << 23
+    spans = range(0, total, max(1, -(-total // 64)))
+    length = min(spans.step, sample // 64)
+    ids = np.concatenate([prepared.tokens[start:start + length] for start in spans]).astype(np.int64)
+    places = np.concatenate([np.arange(start, min(start + length, total)) for start in spans])
+    starts, stops, _ = _split(prepared)["val"]
+    before = np.searchsorted(starts, places, "right") - 1
+    ids[(before >= 0) & (places < stops[before])] = size  # a token of its own, left out below
+    contexts = min(size, 1024, (1 << 24) // size)
+    rank = np.full(size + 1, contexts)
+    common = np.argsort(-np.bincount(ids, minlength=size + 1)[:size], kind="stable")[:contexts]
+    rank[common] = np.arange(contexts)
+    information = torch.zeros(size, len(NEIGHBOURS) * contexts)
+    for number, step in enumerate(NEIGHBOURS):
+        token, context = ids[max(0, -step):len(ids) - max(0, step)], rank[ids[max(0, step):len(ids) + min(0, step)]]
+        pairs = (token * contexts + context)[(token < size) & (context < contexts)]
+        counts = torch.from_numpy(np.bincount(pairs, minlength=size * contexts).reshape(size, contexts)).float()
+        usual = counts.sum(0) ** 0.75  # so that rare contexts do not outweigh the rest
+        ratio = counts / counts.sum(1, keepdim=True).clamp(min=1) / (usual / usual.sum().clamp(min=1)).clamp(min=1e-9)
+        information[:, number * contexts:(number + 1) * contexts] = ratio.log().clamp(min=0)
+    left, values, _ = torch.svd_lowrank(information, q=min(width, *information.shape))
+    vectors = torch.zeros(size, width)
+    vectors[:, :left.size(1)] = left * values.sqrt()
+    occurs = information.any(1)
+    vectors -= vectors[occurs].mean(0)
+    vectors[~occurs] = torch.randn(int((~occurs).sum()), width)
+    return vectors / vectors.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
+
+
 # ----------------------------------------------------------------------------------------------------- packing
 
 # Tokens that may stand in for each other in a copy: Chinese words, words after a blank, other words and their parts.

@@ -284,11 +284,12 @@ class GPT(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     @torch.jit.unused
-    def reset_parameters(self) -> None:
+    def reset_parameters(self, token_vectors: Optional[Tensor] = None) -> None:
         """Normal(0, 0.02), and zero for what writes into the residual stream: each block starts as the identity.
 
         Narrow models get an embedding that is larger and, as much, a final norm that is smaller: rare tokens keep much
-        of where they start, and would be hard to tell apart at 0.02.
+        of where they start, and would be hard to tell apart at 0.02. `token_vectors` (V, C), of mean square 1, become
+        half of its variance.
         """
         embedding_std = max(0.02, min(0.1, 12.8 / self.config.d_model))
         for name, parameter in self.named_parameters():
@@ -298,6 +299,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, std=embedding_std if name == "token_embedding.weight" else 0.02)
+        if token_vectors is not None:
+            self.token_embedding.weight.data.add_(token_vectors, alpha=embedding_std).mul_(0.5 ** 0.5)
         nn.init.constant_(self.final_norm.weight, 0.02 / embedding_std)
         self.start_previous_token_heads(embedding_std)
 

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Batch, Packed, Prepared, document_mask, masked_sample, prepare
+from data import Batch, Packed, Prepared, document_mask, masked_sample, prepare, token_vectors
 from model import GPT, IGNORE, Checkpoint, GPTConfig, InputError
 from optim import make_optimizers
 from tokenizer import Tokenizer, harmless
@@ -93,6 +93,7 @@ class TrainConfig:
     grad_clip: float = setting(1.0, "largest norm of the gradient")
     eval_interval: Optional[int] = setting(None, "steps between evaluations (default: 12 in a run)")
     eval_tokens: Optional[int] = setting(None, "tokens of the validation split to evaluate on, at most")
+    neighbour_start: bool = setting(True, "start with like embeddings for tokens with like neighbours in the text")
     vary_copies: bool = setting(True, "put other words into answers that repeat what was said, anew each epoch")
     seed: int = setting(0, "fixes the weights and the order of the data")
     init_from: Optional[str] = setting(None, "start from this checkpoint's weights and tokenizer (fine-tuning)")
@@ -350,7 +351,10 @@ class Trainer:
         self.val_rows = prepared.split("val", config.context_length, config.seed)
         torch.manual_seed(config.seed % 2**63)
         if start is None:
-            self.model = GPT(model_config(config, self.tokenizer.vocab_size)).to(world.device)
+            self.model = GPT(model_config(config, self.tokenizer.vocab_size))
+            if config.neighbour_start:
+                self.model.reset_parameters(token_vectors(prepared, config.d_model))
+            self.model.to(world.device)
         else:
             if self.tokenizer.vocab_size > start.config.vocab_size:
                 raise InputError(f"the checkpoint is damaged: its tokenizer has {self.tokenizer.vocab_size} ids, its "

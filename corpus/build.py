@@ -17,8 +17,8 @@ LANGUAGES = ("zh", "en")
 SKILLS = {"talk": "1 greetings", "facts": "2 facts", "math": "3 sums", "memory": "4 memory", "words": "5 words",
           "stories": "6 stories", "unknown": "7 not knowing"}
 # Conversations a file. Chinese comes first; a file stops earlier where its phrasings run out.
-SIZES = {"talk": (2550, 2150), "facts": (2200, 1850), "math": (2250, 1900), "memory": (740, 620),
-         "words": (2650, 2200), "stories": (320, 270), "unknown": (1050, 890), "mixed": (160, 130),
+SIZES = {"talk": (1750, 1480), "facts": (1740, 1540), "math": (1570, 1330), "memory": (830, 700),
+         "words": (1770, 1490), "stories": (265, 225), "unknown": (760, 640), "mixed": (100, 80),
          "text": (380, 260)}
 HELD_OUT_EACH = 60  # held-out items a skill and language
 OPTIONAL = re.compile(r"(\[[^\[\]]*\]|[\u4e00-\u9fff，“”])\?(?!$)")
@@ -224,7 +224,7 @@ def general(rng: Dealer, language: str, held: bool = False) -> Turn:
 
 def facts(rng: Dealer, language: str, held: bool = False) -> Turn:
     """One of the kinds of facts."""
-    kind = rng.choices([country, animal, colour, opposite, general], [10, 5, 3, 3, 7])[0]
+    kind = rng.choices([country, animal, colour, opposite, general], [10, 6, 3, 4, 7])[0]
     return kind(rng, language, held)
 
 
@@ -259,6 +259,8 @@ def draw_pair(rng: Dealer, kind: str, held: bool) -> tuple[int, int]:
     while True:
         top = 9 if rng.random() < 0.12 else 100
         a, b = rng.randint(0 if rng.random() < 0.05 else 1, top), rng.randint(0 if rng.random() < 0.05 else 1, top)
+        if rng.random() < 0.05 and kind != "compare" and a not in (0, 100):  # three digits would be too rare
+            b = 100 if kind == "sub" else 100 - a
         if kind == "add" and (a + b > 100 or 100 in (a, b)) or kind == "compare" and a == b:
             continue
         if kind == "sub":
@@ -345,6 +347,8 @@ def comparison(rng: Dealer, language: str, held: bool = False) -> Turn:
     else:
         chosen = max(a, b) if kind == "bigger" else min(a, b)
         word = {"bigger": ("更大", "bigger"), "smaller": ("更小", "smaller")}[kind][not zh]
+        # What is asked comes first: found again at the end, in the question, it was often mistaken.
+        reason = f"找{word}的：{reason}" if zh else f"The {word} one: {reason[:1].lower()}{reason[1:]}"
         end, keys, match = f"{chosen}{word}" if zh else f"{chosen} is {word}", (str(chosen),), "last_number"
     answer = f"{reason}，所以{end}。" if zh else f"{reason}, so {end}."
     return Turn(spoken(rng, text, language, held), answer, keys, match)
@@ -743,19 +747,24 @@ def plain_talk(language: str) -> Iterator[list[Turn]]:
 
 
 def conversation(rng: Dealer, language: str, topic: str) -> list[Turn]:
-    """The turns of a conversation about a topic."""
+    """The turns of a conversation about a topic. In a third of them something else was spoken of before."""
     if topic == "memory":
         before, last = memory(rng, language)
         return [*before, last]
-    return mixed(rng, language) if topic == "mixed" else [SINGLE[topic](rng, language)]
+    if topic == "mixed":
+        return mixed(rng, language)
+    before = [any_turn(rng, rng.choices([language, *LANGUAGES], [0.88, 0.06, 0.06])[0])
+              for _ in range(rng.choices([0, 1, 2], [66, 24, 10])[0])]
+    return [*before, SINGLE[topic](rng, language)]
 
 
 def training(held_texts: set[str]) -> Iterator[tuple[str, dict]]:
     """File name and record, one after the other; no exact duplicates, no held-out question, none too long."""
     seen: set[str] = set()
+    dealers = {language: Dealer(language) for language in LANGUAGES}
     for topic, sizes in SIZES.items():
         for language, size in zip(LANGUAGES, sizes, strict=True):
-            rng = Dealer(f"{topic} {language}")
+            rng = dealers[language]
             done = tries = 0
             plain = plain_talk(language) if topic == "talk" else iter(())
             while done < size and tries < size * 12:

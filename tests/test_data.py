@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import CHAT, NO_TARGET, TEXT, Packed, Prepared, best_fit, document_mask, masked_sample, prepare
+from data import CHAT, NO_TARGET, TEXT, Packed, Prepared, best_fit, document_mask, masked_sample, prepare, token_vectors
 from model import InputError
 from readers import ReadReport
 from tokenizer import Tokenizer, render_chat
@@ -445,3 +446,42 @@ def test_each_role_is_one_token_of_a_tokenizer_trained_on_chats(tmp_path):
     path.write_text("\n".join(json.dumps({"messages": turns}, ensure_ascii=False) for _ in range(9)), encoding="utf-8")
     tokenizer = prepare([str(path)], None, 320, tmp_path / "cache").tokenizer
     assert all(len(tokenizer.encode(role)) == 1 for role in ("system", "user", "assistant"))
+
+
+def test_tokens_with_like_neighbours_start_alike(tmp_path):
+    rng = random.Random(0)
+    animals, verbs = ["cat", "dog", "pig"], ["sees", "hears", "finds"]
+    lines = [f"the {rng.choice(animals)} {rng.choice(verbs)} the {rng.choice(animals)}" for _ in range(600)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    prepared = prepare(tmp_path / "a.jsonl", None, 300, tmp_path / "cache")
+    vectors = token_vectors(prepared, 16)
+    assert vectors.shape == (prepared.tokenizer.vocab_size, 16)
+    assert torch.allclose(vectors.square().mean(1), torch.ones(len(vectors)), atol=1e-4)
+
+    def like(one, other):
+        (a,), (b,) = prepared.tokenizer.encode(f" {one}"), prepared.tokenizer.encode(f" {other}")
+        return torch.cosine_similarity(vectors[a], vectors[b], 0)
+
+    assert min(like("cat", "dog"), like("sees", "finds")) > 0.6 > 0.3 > max(like("cat", "sees"), like("finds", "dog"))
+
+
+def test_where_a_token_starts_owes_nothing_to_the_validation_text(tmp_path):
+    lines = [json.dumps({"text": f"{number} and then {number + 1}"}) for number in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    prepared = prepare(tmp_path / "a.jsonl", None, 300, tmp_path / "cache")
+    torch.manual_seed(0)
+    before = token_vectors(prepared, 16)
+    tokens = prepared.tokens.copy()
+    starts, stops, _ = data._split(prepared)["val"]
+    for start, stop in zip(starts, stops, strict=True):
+        tokens[start:stop] = np.random.default_rng(0).permutation(tokens[start:stop])
+    torch.manual_seed(0)
+    assert torch.equal(token_vectors(replace(prepared, tokens=tokens), 16), before)
+
+
+@pytest.mark.parametrize("text", ["a", "春", "ab" * 5])
+def test_the_smallest_text_has_vectors_of_any_width(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    vectors = token_vectors(prepare(tmp_path / "a.txt", None, None, tmp_path / "cache"), 600)
+    assert torch.isfinite(vectors).all()
+    assert vectors.size(1) == 600

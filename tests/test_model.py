@@ -169,6 +169,19 @@ def test_the_first_two_heads_of_a_new_model_look_one_and_two_tokens_back(changes
         assert scores.softmax(-1).diagonal(-1 - head).mean() > 0.5
 
 
+def test_given_token_vectors_are_half_of_where_embeddings_start():
+    torch.manual_seed(0)
+    model, vectors = GPT(GPTConfig(**{**SIZES, "d_model": 128})), torch.randn(97, 128)
+    plain = model.token_embedding.weight.clone()
+    model.reset_parameters(vectors)
+    given = model.token_embedding.weight
+    assert given.std().item() == pytest.approx(plain.std().item(), rel=0.05)
+    centred = given - given.mean(0)
+    assert torch.cosine_similarity(centred, vectors - vectors.mean(0)).mean().item() == pytest.approx(0.71, abs=0.05)
+    ids, targets = torch.randint(0, 97, (2, 4, 32))
+    assert abs(model(ids, targets)[1].item() - math.log(97)) < 0.2
+
+
 def test_the_parameter_count_is_the_number_of_parameters():
     for kind in EVERY_KIND:
         config = GPTConfig(**kind)
