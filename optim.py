@@ -1,7 +1,7 @@
 """The optimizers of train.py: Muon for the matrices inside the blocks, an Adam of its own for embeddings and norms."""
 
 import math
-from typing import List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -19,6 +19,15 @@ POLAR_EXPRESS = (
 )
 
 
+def polar_express(x: Tensor) -> Tensor:
+    """The polynomials on a stack (N, R, C) of matrices with R <= C."""
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)  # every singular value is now at most 1
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
 def orthogonalize(matrices: Tensor, side: Optional[int] = None) -> Tensor:
     """The nearest semi-orthogonal matrices to a stack (N, R, C): U V^T where each is U S V^T, to 8 per cent.
 
@@ -32,12 +41,23 @@ def orthogonalize(matrices: Tensor, side: Optional[int] = None) -> Tensor:
     shape = x.shape
     if side and shape[-2] % side == 0:
         x = x.reshape(-1, side, shape[-1])
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)  # every singular value is now at most 1
-    for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    # On a CPU the stack goes through in parts that stay in its caches: a fifth less time at width 768.
+    parts = [x] if x.is_cuda else x.split(max(1, 2**19 // x[0].numel()))
+    x = torch.cat([polar_express(part) for part in parts])
     x = x.reshape(shape)
     return (x.mT if flipped else x).to(matrices.dtype)
+
+
+def unless(found_inf: Tensor) -> Union[float, Tensor]:
+    """1 for a step that counts and 0 for one that must change nothing: a number where a look at it costs no waiting."""
+    return 1.0 - (found_inf if found_inf.is_cuda else float(found_inf))
+
+
+def clean(grad: Tensor, ok: Union[float, Tensor]) -> Tensor:
+    """The gradient, zeros in a step that must change nothing."""
+    if isinstance(ok, Tensor):
+        return torch.where(ok > 0, grad, 0.0)
+    return grad if ok else torch.zeros_like(grad)
 
 
 class Muon(torch.optim.Optimizer):
@@ -58,33 +78,37 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        updates: dict[torch.Size, List[Tensor]] = {}
+        ok = unless(self.found_inf)
+        stacks: dict[torch.Size, List[Tensor]] = {}
         places = []  # (group, parameter, [(shape, index in its stack) a row block])
-        ok = 1.0 - self.found_inf
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
-                grad = torch.where(ok > 0, parameter.grad, 0.0)
+                grad = clean(parameter.grad, ok)
                 state["momentum"].lerp_(grad, (1 - group["momentum"]) * ok)
                 nesterov = grad.lerp(state["momentum"], group["momentum"])
                 # fully_shard keeps a part of each matrix here; the products need all of it
                 whole = nesterov.full_tensor() if hasattr(nesterov, "full_tensor") else nesterov
-                blocks = []
+                slots = []
                 for block in whole.split(group["rows"]):
-                    stack = updates.setdefault(block.shape, [])
-                    blocks.append((block.shape, len(stack)))
+                    stack = stacks.setdefault(block.shape, [])
+                    slots.append((block.shape, len(stack)))
                     stack.append(block)
-                places.append((group, parameter, blocks))
-        done = {shape: orthogonalize(torch.stack(stack), self.side) for shape, stack in updates.items()}
-        for group, parameter, blocks in places:
+                places.append((group, parameter, slots))
+        done = {shape: orthogonalize(torch.stack(stack), self.side) for shape, stack in stacks.items()}
+        for group, parameter, slots in places:
             # sqrt(rows / columns) keeps the size of what a matrix adds to its output the same for every shape
-            update = torch.cat([done[shape][index] * max(1.0, shape[0] / shape[1]) ** 0.5 for shape, index in blocks])
+            updates = [done[shape][index].mul_(max(1.0, shape[0] / shape[1]) ** 0.5 * group["lr"] * ok)
+                       for shape, index in slots]
+            parameter.mul_(1 - group["lr"] * group["weight_decay"] * ok)
             if hasattr(parameter, "full_tensor"):
                 from torch.distributed.tensor import distribute_tensor
-                update = distribute_tensor(update, parameter.device_mesh, parameter.placements)
-            parameter.mul_(1 - group["lr"] * group["weight_decay"] * ok).sub_(update * (group["lr"] * ok))
+                parameter.sub_(distribute_tensor(torch.cat(updates), parameter.device_mesh, parameter.placements))
+            else:
+                for part, update in zip(parameter.split(group["rows"]), updates, strict=True):
+                    part.sub_(update)
 
 
 class FlooredAdam(torch.optim.Optimizer):
@@ -104,7 +128,7 @@ class FlooredAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        ok = 1.0 - self.found_inf
+        ok = unless(self.found_inf)
         for group in self.param_groups:
             (beta1, beta2), floor = group["betas"], group["floor"]
             for parameter in group["params"]:
@@ -112,7 +136,7 @@ class FlooredAdam(torch.optim.Optimizer):
                 if not state:
                     state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
                 state["step"] += 1
-                grad = torch.where(ok > 0, parameter.grad, 0.0)
+                grad = clean(parameter.grad, ok)
                 mean = state["exp_avg"].lerp_(grad, (1 - beta1) * ok)
                 square = state["exp_avg_sq"].lerp_(grad.square(), (1 - beta2) * ok)
                 divisor = square.sqrt().add_(square.mean().sqrt() * floor + 1e-12)
