@@ -591,42 +591,55 @@ class Packed:
             numbers, starts = np.unique(documents[row], return_index=True)
             ends, rng = [*starts[1:].tolist(), self.context_length], None
             for number, start, end in zip(numbers.tolist(), starts.tolist(), ends, strict=True):
-                common = self._copied(input_ids[row, start:end], targets[row, start:end]) if number >= 0 else None
-                if common is not None:
+                found = self._copied(input_ids[row, start:end], targets[row, start:end]) if number >= 0 else None
+                if found is not None:
                     rng = rng or np.random.default_rng([self.seed, epoch, 2, index])
-                    self._swap_words(rng, common, input_ids[row, start:end], targets[row, start:end])
+                    self._swap_words(rng, *found, input_ids[row, start:end], targets[row, start:end])
 
-    def _copied(self, input_ids: np.ndarray, targets: np.ndarray) -> Optional[np.ndarray]:
-        """The tokens that the last answer of a copy has in common with what came before; None for all else."""
-        learnt = np.flatnonzero((targets >= 0) & (targets != self.prepared.tokenizer.im_end_id))
+    def _copied(self, input_ids: np.ndarray, targets: np.ndarray) -> Optional[tuple[np.ndarray, np.ndarray]]:
+        """Of a copy, the tokens that its last answer has in common with what came before, and which slots (T,) are its.
+
+        Of what was said in between, about other things, nothing is: a swap would make it untrue. None for all else.
+        """
+        tokenizer = self.prepared.tokenizer
+        learnt = np.flatnonzero((targets >= 0) & (targets != tokenizer.im_end_id))
         if not 3 <= len(learnt) < len(targets) - 2:
             return None
         first = learnt[np.flatnonzero(np.diff(learnt, prepend=-2) > 1)[-1]]  # where the last answer starts
         before, answer = input_ids[:first + 1].tolist(), targets[first:learnt[-1] + 1].tolist()
-        said = set(zip(before, before[1:], strict=False))
-        copied = [pair in said for pair in zip(answer, answer[1:], strict=False)]
+        said, answered = list(zip(before, before[1:], strict=False)), list(zip(answer, answer[1:], strict=False))
+        earlier, later = set(said), set(answered)
+        copied = [pair in earlier for pair in answered]
         if not copied or not copied[-1] or sum(copied) < max(2, 0.7 * len(copied)):
             return None
-        return np.intersect1d(before, answer)
+        asks = (input_ids[:-1] == tokenizer.im_start_id) & (input_ids[1:] == tokenizer._headers["user"][1])
+        exchange = np.cumsum(np.append(asks, False))  # which question and answer each slot belongs to
+        sources = exchange[[place for place, pair in enumerate(said) if pair in later]]
+        return np.intersect1d(before, answer), np.isin(exchange, [*sources.tolist(), exchange[-1]])
 
-    def _swap_words(self, rng: np.random.Generator, common: np.ndarray, input_ids: np.ndarray,
+    def _swap_words(self, rng: np.random.Generator, common: np.ndarray, slots: np.ndarray, input_ids: np.ndarray,
                     targets: np.ndarray) -> None:
-        """Swaps a random share of the words among these tokens wherever they stand in one document."""
+        """Swaps a random share of the words among these tokens wherever they stand in these slots of a document."""
         kinds = self._kinds_of_words()
         common = common[kinds[common] > 0]
         swapped = np.arange(len(kinds))
         for token in common[rng.random(len(common)) < rng.random()].tolist():
             swapped[token] = rng.choice(np.flatnonzero(kinds == kinds[token]))
-        input_ids[:] = swapped[input_ids]
-        targets[:] = np.where(targets >= 0, swapped[targets], targets)
+        input_ids[slots] = swapped[input_ids[slots]]
+        targets[slots] = np.where(targets[slots] >= 0, swapped[targets[slots]], targets[slots])
 
     def _kinds_of_words(self) -> np.ndarray:
-        """(V,) which of WORDS each token is, from 1; 0 for digits, punctuation and parts of characters."""
+        """(V,) which of WORDS each token is, from 1; 0 for digits, punctuation, parts of characters, the commonest words.
+
+        Those make up the question and the form of the answer more than what is copied.
+        """
         if self._word_kinds is None:
-            tokenizer = self.prepared.tokenizer
+            tokenizer, sample = self.prepared.tokenizer, self._tokens[:1 << 23]
             texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
-            self._word_kinds = np.array([next((number for number, pattern in enumerate(WORDS, 1)
-                                               if pattern.fullmatch(text)), 0) for text in texts])
+            kinds = np.array([next((number for number, pattern in enumerate(WORDS, 1) if pattern.fullmatch(text)), 0)
+                              for text in texts])
+            kinds[np.bincount(sample, minlength=len(kinds)) > max(200, len(sample) / 2000)] = 0
+            self._word_kinds = kinds
         return self._word_kinds
 
     def supervised_bytes(self, targets: torch.Tensor) -> int:

@@ -18,7 +18,7 @@ SKILLS = {"talk": "1 greetings", "facts": "2 facts", "math": "3 sums", "memory":
           "stories": "6 stories", "unknown": "7 not knowing"}
 # Conversations a file. Chinese comes first; a file stops earlier where its phrasings run out.
 SIZES = {"talk": (1750, 1480), "facts": (1740, 1540), "math": (1570, 1330), "memory": (830, 700),
-         "words": (1755, 1475), "stories": (265, 225), "unknown": (760, 640), "mixed": (100, 80),
+         "words": (1720, 1450), "stories": (265, 225), "unknown": (760, 640), "mixed": (100, 80),
          "text": (380, 260)}
 HELD_OUT_EACH = 60  # held-out items a skill and language
 OPTIONAL = re.compile(r"(\[[^\[\]]*\]|[\u4e00-\u9fff，“”])\?(?!$)")

@@ -292,18 +292,19 @@ OTHERS = [("法国的首都是哪里？", "法国的首都是巴黎。"),
           ("Paris is the capital of which country?", "Paris is the capital of France."),
           ("38+21=?", "38+21: ones 8+1=9, tens 3+2=5, so it is 59."), ("What is 1 2 3 4 5?", "1 2 3 4 5")]
 TOLD = "red green blue"  # and asked for later
+ASIDE = "One is a dog"  # said in between, and true
 
 
-def copying_corpus(tmp_path):
-    pairs = [*zip(COPIES, ANSWERS, strict=True), *OTHERS] * 6
+def copying_corpus(tmp_path, times=6):
+    pairs = [*zip(COPIES, ANSWERS, strict=True), *OTHERS] * times
     lines = [json.dumps({"prompt": f"{number} {question}", "completion": answer}, ensure_ascii=False)
              for number, (question, answer) in enumerate(pairs)]
-    recalled = [f"my dog is called {TOLD}", f"Hello, {TOLD}!", "What is 1 2 3 4 5?", "1 2 3 4 5", "And my dog?",
+    recalled = [f"my dog is called {TOLD}", f"Hello, {TOLD}!", "Name a pet", ASIDE, "And my dog?",
                 f"Your dog is called {TOLD}"]
     lines += [json.dumps({"messages": [{"role": role, "content": text} for role, text in
                                        zip(["user", "assistant"] * 3, recalled, strict=True)]})] * 6
     (tmp_path / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    words = sorted({word for text in [*COPIES, *ANSWERS, TOLD] for word in re.findall("[A-Za-z]+|[一-龥]", text)})
+    words = sorted({word for text in [*COPIES, *ANSWERS, *recalled] for word in re.findall("[A-Za-z]+|[一-龥]", text)})
     tokenizer = Tokenizer.train([f" {word}\n{word}" for word in words] * 3, 700)  # none that holds a whole sentence
     return prepare(tmp_path / "chats.jsonl", tokenizer, None, tmp_path / "cache")
 
@@ -325,18 +326,31 @@ def test_words_of_a_copy_are_swapped_alike_in_question_and_answer_and_nothing_el
         rows = range(plain.rows(epoch))
         for before, after in zip(documents_of(plain.batch(epoch, rows)), documents_of(varied.batch(epoch, rows)),
                                  strict=True):
-            swaps = {old: new for part in (0, 1) for old, new in zip(before[part], after[part], strict=True)}
-            for part in (0, 1):
-                assert [swaps[token] for token in before[part]] == after[part]
-            for old, new in swaps.items():
-                assert old == new or (kinds[old] == kinds[new] > 0 and old in before[0] and old in before[1])
+            question, swaps = prepared.tokenizer.decode(before[0]), {}
+            if ASIDE in question:
+                assert ASIDE in prepared.tokenizer.decode(after[0])
+                assert ASIDE in prepared.tokenizer.decode(token for token in after[1] if token >= 0)
+            for old, new in [*zip(before[0], after[0], strict=True), *zip(before[1], after[1], strict=True)]:
+                swaps.setdefault(old, set()).add(new)
+            for old, news in swaps.items():
+                assert len(news) == 1 or ASIDE in question and len(news - {old}) == 1
+                assert all(old == new or (kinds[old] == kinds[new] > 0 and old in before[0] and old in before[1])
+                           for new in news)
             if before != after:
                 changed += 1
-                question = prepared.tokenizer.decode(before[0])
                 assert any(copy in question for copy in [*COPIES, TOLD]), question
                 recalled += TOLD in question
     assert changed > 60
     assert recalled > 8
+
+
+def test_the_commonest_words_of_a_corpus_are_never_swapped(tmp_path):
+    prepared = copying_corpus(tmp_path, times=250)  # each of its few words is among them, save those told of a dog
+    plain, varied = (Packed(prepared, prepared.documents[:-1], prepared.documents[1:], prepared.kinds, 256, 0, vary)
+                     for vary in (False, True))
+    for before, after in zip(documents_of(plain.batch(0, range(30))), documents_of(varied.batch(0, range(30))),
+                             strict=True):
+        assert before == after or TOLD in prepared.tokenizer.decode(before[0])
 
 
 def test_varied_copies_depend_on_seed_epoch_and_row_alone(tmp_path):
