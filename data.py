@@ -629,7 +629,7 @@ class Packed:
         targets[slots] = np.where(targets[slots] >= 0, swapped[targets[slots]], targets[slots])
 
     def _kinds_of_words(self) -> np.ndarray:
-        """(V,) which of WORDS each token is, from 1; 0 for digits, punctuation, parts of characters, the commonest words.
+        """(V,) which of WORDS each token is, from 1; 0 for digits, punctuation, parts of characters, common words.
 
         Those make up the question and the form of the answer more than what is copied.
         """
