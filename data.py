@@ -420,17 +420,12 @@ class Packed:
     def _cut_chat(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """Parts of a long chat, each starting at a user's turn, with the conversation's system message before it."""
         context = self.context_length
-        headers = {role: ids.tolist() for role, ids in self.prepared.tokenizer._headers.items()}
-        ids = self._tokens[start:stop]
+        headers, ids = self.prepared.tokenizer._headers, self._tokens[start:stop]
         messages = np.flatnonzero(ids == self.prepared.tokenizer.im_start_id).tolist()
-
-        def says(message: int, role: str) -> bool:
-            return ids[message:message + len(headers[role])].tolist() == headers[role]
-
-        system = messages[1] if len(messages) > 1 and says(0, "system") else 0
+        system = messages[1] if len(messages) > 1 and 0 in _places(headers["system"], ids) else 0
         if system > context // 2:
             system = 0
-        turns = [system] + [m for m in messages if m > system and says(m, "user")]
+        turns = [system] + [place for place in _places(headers["user"], ids).tolist() if place > system]
         ends = turns[1:] + [len(ids)]
         i = 0
         while i < len(turns):
@@ -541,12 +536,7 @@ class Packed:
 
     def _user_turns(self, starts: np.ndarray, slots: np.ndarray) -> np.ndarray:
         """Where a user's turn starts in the slots of these pieces laid end to end."""
-        tokenizer = self.prepared.tokenizer
-        source = _ranges(starts, slots)
-        turns = np.flatnonzero(self._tokens[source] == tokenizer.im_start_id)
-        for i, token in enumerate(tokenizer._headers["user"]):
-            turns = turns[self._tokens[source[turns] + i] == token]
-        return turns
+        return _places(self.prepared.tokenizer._headers["user"], self._tokens[_ranges(starts, slots)])
 
     def rows(self, epoch: int) -> int:
         """How many rows the epoch has; cutting texts at other places may change it by a few."""
@@ -612,8 +602,8 @@ class Packed:
         copied = [pair in earlier for pair in answered]
         if not copied or not copied[-1] or sum(copied) < max(2, 0.7 * len(copied)):
             return None
-        asks = (input_ids[:-1] == tokenizer.im_start_id) & (input_ids[1:] == tokenizer._headers["user"][1])
-        exchange = np.cumsum(np.append(asks, False))  # which question and answer each slot belongs to
+        turns = _places(tokenizer._headers["user"], input_ids)
+        exchange = np.searchsorted(turns, np.arange(len(input_ids)), "right")  # the question and answer of each slot
         sources = exchange[[place for place, pair in enumerate(said) if pair in later]]
         return np.intersect1d(before, answer), np.isin(exchange, [*sources.tolist(), exchange[-1]])
 
@@ -646,6 +636,14 @@ class Packed:
         """UTF-8 bytes of the targets that carry loss: bits per byte = nats / ln 2 / bytes."""
         ids = targets[targets != NO_TARGET].cpu().numpy()
         return int(self.prepared.tokenizer.token_byte_lengths[ids].sum())
+
+
+def _places(part: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Where `part` stands in the ids, ascending."""
+    found = np.flatnonzero(ids[:max(0, len(ids) - len(part) + 1)] == part[0])
+    for i, token in enumerate(part[1:], 1):
+        found = found[ids[found + i] == token]
+    return found
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
