@@ -17,7 +17,7 @@ LANGUAGES = ("zh", "en")
 SKILLS = {"talk": "1 greetings", "facts": "2 facts", "math": "3 sums", "memory": "4 memory", "words": "5 words",
           "stories": "6 stories", "unknown": "7 not knowing"}
 # Conversations a file. Chinese comes first; a file stops earlier where its phrasings run out.
-SIZES = {"talk": (1750, 1480), "facts": (1740, 1540), "math": (1570, 1330), "memory": (830, 700),
+SIZES = {"talk": (1770, 1500), "facts": (1715, 1520), "math": (1570, 1330), "memory": (830, 700),
          "words": (1720, 1450), "stories": (265, 225), "unknown": (760, 640), "mixed": (100, 80),
          "text": (380, 260)}
 HELD_OUT_EACH = 60  # held-out items a skill and language
@@ -82,17 +82,31 @@ def spoken(rng: random.Random, text: str, language: str, held: bool = False, ope
 
 
 class Dealer(random.Random):
-    """A random generator that also deals: every line of a bank once, in a shuffled order, before any comes again."""
+    """A random generator that also deals: every item of a list once, in a shuffled order, before any comes again."""
 
     def __init__(self, seed: str):
         super().__init__(seed)
-        self.piles: dict[int, list[str]] = {}
+        self.piles: dict[object, list] = {}
+        self.hand: list[tuple[list, object]] = []  # what the conversation at hand is about
 
-    def deal(self, lines: list[str]) -> str:
-        pile = self.piles.setdefault(id(lines), [])
+    def deal(self, items: list, *purpose: str):
+        """The next item; `purpose` names the pile, where not the list itself does."""
+        pile = self.piles.setdefault(purpose or id(items), [])
         if not pile:
-            pile += self.sample(lines, len(lines))
+            pile += self.sample(items, len(items))
+        if purpose:
+            self.hand.append((pile, pile[-1]))
         return pile.pop()
+
+    def keep(self, counts: bool) -> None:
+        """Ends a conversation: what one was about that does not count goes back under the piles."""
+        for pile, item in [] if counts else self.hand:
+            pile.insert(0, item)
+        self.hand.clear()
+
+    def pick(self, held: bool, items: list, *purpose: str):
+        """What is asked about: for training dealt, so that the corpus tells all there is; held-out items at random."""
+        return self.choice(items) if held else self.deal(items, *purpose)
 
 
 def draw(rng: Dealer, bank: dict, key: str) -> str:
@@ -121,7 +135,7 @@ def talk(rng: Dealer, language: str, held: bool = False, name: Optional[str] = N
                   rng.choices(BANKS["talk"]["intents"], INTENT_WEIGHTS[language])[0])[language]
         if intent["heldout"] or not held:
             break
-    plain = not held and rng.random() < 0.2
+    plain = not held and rng.random() < 0.08
     text = rng.deal(intent["plain"]) if plain else expand(rng, phrase(rng, intent, held))
     if not held:
         if rng.random() < 0.12:
@@ -145,10 +159,10 @@ def country(rng: Dealer, language: str, held: bool = False, kind: Optional[str] 
     """Capital, continent, language, currency of a country, all of these at once, or whose capital a city is."""
     en = language == "en"
     kind = kind or rng.choices(["capital", "continent", "language", "currency", "country", "about"],
-                               [4, 2, 2, 2, 2, 1])[0]
-    row = rng.choice(COUNTRIES["rows"])
+                               [4, 2, 2, 2, 2, 1.5])[0]
+    row = rng.pick(held, COUNTRIES["rows"], "country", kind, language)
     while kind == "country" and row[1] == "Singapore":  # the city asks for the country of its own name
-        row = rng.choice(COUNTRIES["rows"])
+        row = rng.pick(held, COUNTRIES["rows"], "country", kind, language)
     called = row[en]
     if not held and rng.random() < 0.3:
         names = [name for name in COUNTRIES["aliases"].get(row[0], []) if name.isascii() == en]
@@ -167,9 +181,14 @@ def animal(rng: Dealer, language: str, held: bool = False, kind: Optional[str] =
     """What an animal eats, its legs, its sound, where it lives."""
     things = BANKS["things"]
     while True:
-        row = rng.choice(things["animals"])
+        asked = kind
+        if held:
+            row = rng.choice(things["animals"])
+        else:
+            asked = asked or rng.choice(["eats", "legs", "sound", "home"])
+            row = rng.deal(things["animals"], "animal", asked, language)
         one, en_one, en_many, eats_zh, eats_en, legs, sound_zh, sound_en, home_zh, home_en = row
-        asked = kind or rng.choice(["eats", "legs", "sound", "home"])
+        asked = asked or rng.choice(["eats", "legs", "sound", "home"])
         value = {"eats": (eats_zh, eats_en), "legs": (legs, legs), "sound": (sound_zh, sound_en),
                  "home": (home_zh, home_en)}[asked][language == "en"]
         if value is not None:
@@ -187,7 +206,7 @@ def animal(rng: Dealer, language: str, held: bool = False, kind: Optional[str] =
 def colour(rng: Dealer, language: str, held: bool = False) -> Turn:
     """The colour of a thing."""
     bank = BANKS["things"]["colours"]
-    thing, value = rng.choice(bank[language])
+    thing, value = rng.pick(held, bank[language])
     text = expand(rng, phrase(rng, bank["ask"][language], held), t=thing)
     answer = expand(rng, bank["ask"][language]["answer"], t=thing, T=capital(thing), v=value)
     return Turn(spoken(rng, capital(text), language, held), answer, (value,))
@@ -209,7 +228,7 @@ OPPOSITES = {language: opposites(language) for language in LANGUAGES}
 
 def opposite(rng: Dealer, language: str, held: bool = False) -> Turn:
     """The opposite of a word."""
-    word, value = rng.choice(list(OPPOSITES[language].items()))
+    word, value = rng.pick(held, list(OPPOSITES[language].items()), "opposite", language)
     bank = BANKS["things"]["opposite_questions"][language]
     text = expand(rng, phrase(rng, bank, held), x=word)
     return Turn(spoken(rng, capital(text), language, held), expand(rng, bank["answer"], x=word, y=value), (value,))
@@ -217,7 +236,7 @@ def opposite(rng: Dealer, language: str, held: bool = False) -> Turn:
 
 def general(rng: Dealer, language: str, held: bool = False) -> Turn:
     """The calendar and a few facts that everybody knows."""
-    fact = rng.choice(BANKS["things"]["general"])
+    fact = rng.pick(held, BANKS["things"]["general"], "general", language)
     text = expand(rng, draw(rng, fact, f"held_{language}" if held else language))
     return Turn(spoken(rng, text, language, held), fact[f"a_{language}"], tuple(fact[f"keys_{language}"]))
 
@@ -465,10 +484,11 @@ def draw_fact(rng: Dealer, language: str, kind: str, held: bool) -> Fact:
     elif kind == "age":
         value, bank = str(rng.randint(1, 99)), MEMORY["kinds"]["age"]
     elif kind == "live":
-        value, bank = rng.choice(MEMORY["liked"]["city"]["values"])[en], MEMORY["live"]
+        value, bank = rng.pick(held, MEMORY["liked"]["city"]["values"], "live", language)[en], MEMORY["live"]
     else:
         liked = MEMORY["liked"][kind]
-        value, bank, words = rng.choice(liked["values"])[en], MEMORY["like"], {"k": liked[language]}
+        value = rng.pick(held, liked["values"], kind, language)[en]
+        bank, words = MEMORY["like"], {"k": liked[language]}
     return Fact(bank[language], {"v": value, "V": capital(value), **words}, kind)
 
 
@@ -543,8 +563,9 @@ CHARACTERS = sorted({character for zh_word, _ in PAIRS for character in zh_word}
 
 def translation(rng: Dealer, language: str, held: bool = False) -> Turn:
     """A small word from Chinese to English or back."""
-    zh_word, en_word = rng.choice(PAIRS)
+    held_pair = rng.choice(PAIRS) if held else None
     direction = rng.choice(["to_en", "to_zh"])
+    zh_word, en_word = held_pair or rng.deal(PAIRS, "translation", direction, language)
     bank = WORDS["translate"][direction][language]
     text = expand(rng, phrase(rng, bank, held), z=zh_word, e=en_word)
     return Turn(spoken(rng, capital(text) if language == "en" else text, language, held),
@@ -553,7 +574,7 @@ def translation(rng: Dealer, language: str, held: bool = False) -> Turn:
 
 def spelling(rng: Dealer, language: str, held: bool = False) -> Turn:
     """An English word letter by letter."""
-    word = rng.choice(SPELLED)
+    word = rng.pick(held, SPELLED, "spelling", language)
     bank = WORDS["spell"][language]
     text = expand(rng, phrase(rng, bank, held), e=word)
     spelled = "-".join(word)
@@ -615,7 +636,8 @@ STORIES = BANKS["stories"]
 def subject(rng: Dealer, language: str, held: bool) -> tuple[str, str, str, bool]:
     """How the request names a subject, its first mention, its name afterwards, and whether it is alive."""
     alive = rng.random() < 0.6
-    name = rng.choice(STORIES[f"{'held_' if held else ''}{'who' if alive else 'what'}"][language].split("|"))
+    pool = "who" if alive else "what"
+    name = rng.pick(held, STORIES[f"held_{pool}" if held else pool][language].split("|"), "subject", pool, language)
     if not alive:
         return name, name, name, False
     if language == "zh":
@@ -630,7 +652,7 @@ def stories(rng: Dealer, language: str, held: bool = False) -> Turn:
     words = {"one": one, "s": name, "S": capital(name)}
     kind = rng.choice(["story", "story", "verse"])
     pool = STORIES["verses" if kind == "verse" else "stories" if alive else "what_stories"][language]
-    answer = expand(rng, rng.choice(pool), **words)
+    answer = expand(rng, rng.pick(held, pool), **words)
     if language == "en" and kind == "verse" and alive:
         answer = expand(rng, rng.choice(pool), **(words | {"s": name}))
     if not held and rng.random() < 0.08:
@@ -657,7 +679,8 @@ def unknown(rng: Dealer, language: str, held: bool = False) -> Turn:
         group = rng.choices(groups, [len(group["nouns"].split("|")) + 15 for group in groups])[0]
         # A held-out question has a new noun, a new phrasing, or both.
         new_noun, new_words = rng.choice([(True, True), (True, False), (False, True)]) if held else (False, False)
-        noun = rng.choice(group["held" if new_noun else "nouns"].split("|"))
+        nouns = group["held" if new_noun else "nouns"]
+        noun = rng.pick(held, nouns.split("|"), "unknown", nouns)
         text = expand(rng, phrase(rng, group, new_words), x=noun)
     answer = UNKNOWN["answer"][language]
     return Turn(spoken(rng, capital(text), language, held), answer, DO_NOT_KNOW[language])
@@ -772,9 +795,10 @@ def training(held_texts: set[str]) -> Iterator[tuple[str, dict]]:
                 turns = [] if topic == "text" else next(plain, None) or conversation(rng, language, topic)
                 lines = [turn.user for turn in turns] or page(rng, language)
                 identity = "\n".join(lines)
-                if identity in seen or any(normalised(line) in held_texts for line in lines):
-                    continue
-                if sum(len(turn.user + turn.answer) * (2 if turn.user.isascii() else 5) for turn in turns) > 1800:
+                new = identity not in seen and not any(normalised(line) in held_texts for line in lines)
+                length = sum(len(turn.user + turn.answer) * (2 if turn.user.isascii() else 5) for turn in turns)
+                rng.keep(new and length <= 1800)
+                if not new or length > 1800:
                     continue
                 seen.add(identity)
                 done += 1

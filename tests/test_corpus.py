@@ -104,6 +104,15 @@ def test_every_equation_is_true(conversations):
     assert equations > 3000
 
 
+@pytest.mark.parametrize("language", build.LANGUAGES)
+@pytest.mark.parametrize("kind", [build.country, build.animal, build.colour, build.opposite, build.general,
+                                  build.translation, build.spelling])
+def test_the_corpus_tells_every_fact_and_every_word_that_may_be_asked_for(kind, language, conversations):
+    told = {message["content"] for messages in conversations for message in messages}
+    rng = build.Dealer("any")
+    assert {kind(rng, language).answer for _ in range(6000)} <= told
+
+
 def test_a_country_has_one_answer_everywhere(conversations):
     rows = build.COUNTRIES["rows"]
     capitals = {row[0]: row[2] for row in rows} | {row[1]: row[3] for row in rows}
