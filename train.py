@@ -526,7 +526,7 @@ def settle(config: TrainConfig, device: torch.device) -> TrainConfig:
     """Fills what the flags left open from the preset and the device."""
     on_gpu = device.type == "cuda"
     name = config.preset or ("26m" if on_gpu else "tiny")
-    open_values = dict(PRESETS[name], preset=name, eval_tokens=2**19 if on_gpu else 2**13,
+    open_values = dict(PRESETS[name], preset=name, eval_tokens=2**19 if on_gpu else 2**14,
                        data_path=[str(HERE / "corpus" / name) for name in ("chat_*.jsonl", "text_*.jsonl")],
                        dtype="bfloat16" if on_gpu and torch.cuda.is_bf16_supported(False) else "float32")
     if config.epochs is None and config.max_minutes is None:  # both: whichever is over first
