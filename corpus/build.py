@@ -179,16 +179,13 @@ def country(rng: Dealer, language: str, held: bool = False, kind: Optional[str] 
 
 def animal(rng: Dealer, language: str, held: bool = False, kind: Optional[str] = None) -> Turn:
     """What an animal eats, its legs, its sound, where it lives."""
-    things = BANKS["things"]
+    things, kinds = BANKS["things"], ("eats", "legs", "sound", "home")
     while True:
-        asked = kind
-        if held:
-            row = rng.choice(things["animals"])
-        else:
-            asked = asked or rng.choice(["eats", "legs", "sound", "home"])
-            row = rng.deal(things["animals"], "animal", asked, language)
+        # What is dealt is dealt for a kind of question; held-out items draw the animal first, then the kind.
+        asked = kind or (None if held else rng.choice(kinds))
+        row = rng.pick(held, things["animals"], "animal", asked, language)
         one, en_one, en_many, eats_zh, eats_en, legs, sound_zh, sound_en, home_zh, home_en = row
-        asked = asked or rng.choice(["eats", "legs", "sound", "home"])
+        asked = asked or rng.choice(kinds)
         value = {"eats": (eats_zh, eats_en), "legs": (legs, legs), "sound": (sound_zh, sound_en),
                  "home": (home_zh, home_en)}[asked][language == "en"]
         if value is not None:
@@ -797,8 +794,9 @@ def training(held_texts: set[str]) -> Iterator[tuple[str, dict]]:
                 identity = "\n".join(lines)
                 new = identity not in seen and not any(normalised(line) in held_texts for line in lines)
                 length = sum(len(turn.user + turn.answer) * (2 if turn.user.isascii() else 5) for turn in turns)
-                rng.keep(new and length <= 1800)
-                if not new or length > 1800:
+                fits = new and length <= 1800
+                rng.keep(fits)
+                if not fits:
                     continue
                 seen.add(identity)
                 done += 1
