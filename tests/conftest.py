@@ -1,10 +1,13 @@
 """What all tests share: the repo on the path, no network, two threads, a tokenizer, and a tiny checkpoint."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A shell's job in the background ignores it, and so would what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
