@@ -177,12 +177,12 @@ def country(rng: Dealer, language: str, held: bool = False, kind: Optional[str] 
     return Turn(spoken(rng, capital(text), language, held, not follow), answer, (re.sub("^the ", "", key),))
 
 
-def animal(rng: Dealer, language: str, held: bool = False, kind: Optional[str] = None) -> Turn:
+def animal(rng: Dealer, language: str, held: bool = False) -> Turn:
     """What an animal eats, its legs, its sound, where it lives."""
     things, kinds = BANKS["things"], ("eats", "legs", "sound", "home")
     while True:
         # What is dealt is dealt for a kind of question; held-out items draw the animal first, then the kind.
-        asked = kind or (None if held else rng.choice(kinds))
+        asked = None if held else rng.choice(kinds)
         row = rng.pick(held, things["animals"], "animal", asked, language)
         one, en_one, en_many, eats_zh, eats_en, legs, sound_zh, sound_en, home_zh, home_en = row
         asked = asked or rng.choice(kinds)
