@@ -1,4 +1,4 @@
-"""Export a checkpoint to four formats, each one proven against it before it is put in place.
+"""Export a checkpoint to other programs' formats, each one proven against it before it is put in place.
 
     python export.py --model_path checkpoints/best_model.pt --output_dir exported_models --format all
 
@@ -7,6 +7,7 @@
     transformers  transformers/  stock Qwen3ForCausalLM or LlamaForCausalLM, tokenizer, chat template, generation config
     torchscript   model.pt       torch.jit.script, for places without Python; model(input_ids, None) -> (logits, None)
     onnx          model.onnx     opset 20, dynamic batch and length; "input_ids" -> "logits"
+    gguf          model.gguf     llama.cpp and the programs built on it; tokenizer and chat template inside
 
 config.json and tokenizer.json ride along inside model.pt and model.onnx. A fresh interpreter opens each result the way
 a user would and compares logits, greedy tokens and token ids. Unless all agree nothing is replaced and it exits with 1.
@@ -78,9 +79,10 @@ def decode_greedily(prompt, count):
 {probe}
 if config_text is not None and json.loads(config_text) != expected["config"]:
     problems.append("config.json is not the checkpoint's")
-tokenizer = tokenizers.Tokenizer.from_str(tokenizer_text)
-tokenizer.encode_special_tokens = True
-compare_ids([encoding.ids for encoding in tokenizer.encode_batch(expected["texts"])], expected["ids"])
+if tokenizer_text is not None:
+    tokenizer = tokenizers.Tokenizer.from_str(tokenizer_text)
+    tokenizer.encode_special_tokens = True
+    compare_ids([encoding.ids for encoding in tokenizer.encode_batch(expected["texts"])], expected["ids"])
 difference = 0.0
 with np.load("expected.npz") as arrays:
     for name in arrays.files:
@@ -346,17 +348,18 @@ def open_source(model_path: str, seq_len: Optional[int]) -> Source:
     return Source(checkpoint, model, tokenizer, seq_len)
 
 
-def choose_formats(name: str) -> List[Format]:
-    """The formats that `name` stands for; `all` leaves out, with a word, those whose packages are not installed."""
-    chosen = list(FORMATS.values()) if name == "all" else [FORMATS[name]]
-    missing = {format.name: [p for p in format.packages if importlib.util.find_spec(p) is None] for format in chosen}
-    for format_name, packages in missing.items():
-        if packages:
-            line = f"{format_name} needs {', '.join(packages)}: pip install {' '.join(packages)}"
-            if name != "all":
-                raise InputError(line)
-            print(f"left out: {line}", file=sys.stderr)
-    chosen = [format for format in chosen if not missing[format.name]]
+def choose_formats(name: str, source: Source) -> List[Format]:
+    """The formats that `name` stands for; `all` leaves out, with a word, those that cannot be had here."""
+    chosen = []
+    for format in FORMATS.values() if name == "all" else [FORMATS[name]]:
+        missing = [package for package in format.packages if importlib.util.find_spec(package) is None]
+        reason = f"needs {', '.join(missing)}: pip install {' '.join(missing)}" if missing else format.refuses(source)
+        if not reason:
+            chosen.append(format)
+        elif name != "all":
+            raise InputError(f"{format.name} {reason}")
+        else:
+            print(f"left out: {format.name} {reason}", file=sys.stderr)
     if not chosen:
         raise InputError("nothing to export: no format has its packages installed")
     return chosen
@@ -429,11 +432,12 @@ def main(arguments: Optional[List[str]] = None) -> int:
     add("--traceback", action="store_true", help="show where an error came from")
     options = parser.parse_args(arguments)
     try:
-        formats, output_dir = choose_formats(options.format), Path(options.output_dir)
+        source, output_dir = open_source(options.model_path, options.seq_len), Path(options.output_dir)
+        formats = choose_formats(options.format, source)
         folders = [output_dir / format.target for format in formats if format.is_folder]
         if options.push_to_hub and not folders:
             raise InputError(f"--push_to_hub uploads a folder, and --format {options.format} writes a file")
-        rows = export(open_source(options.model_path, options.seq_len), formats, output_dir)
+        rows = export(source, formats, output_dir)
         print(table(rows))
         for row in rows:
             for problem in row["problems"]:

@@ -130,14 +130,18 @@ def test_the_program_says_one_line_a_step_and_nothing_of_the_libraries(exported)
 
 def test_only_the_promised_files_are_left(exported):
     assert {path.name for path in (exported / "exported_models").iterdir()} == {
-        "huggingface", "transformers", "model.pt", "model.onnx", "export_report.json"}
+        "huggingface", "transformers", "model.pt", "model.onnx", "model.gguf", "export_report.json"}
 
 
 @pytest.mark.parametrize("name", sorted(SNIPPETS))
-def test_each_proof_began_with_the_contracts_snippet_which_the_readme_shows(name):
+def test_each_proof_began_with_the_contracts_snippet(name):
     """The proofs ran it in a fresh process; test_end_to_end.py runs the readme's blocks once more."""
     assert FORMATS[name].snippet.strip() == SNIPPETS[name].strip()
-    assert f"```python{SNIPPETS[name]}```" in (ROOT / "README_en.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_readme_shows_the_snippet_that_each_proof_begins_with(name):
+    assert f"```python{FORMATS[name].snippet}```" in (ROOT / "README_en.md").read_text(encoding="utf-8")
 
 
 def test_a_cpp_program_gives_the_same_logits(exported, checkpoint, tmp_path):
@@ -198,6 +202,21 @@ def test_a_folder_of_transformers_loads_as_our_model(kind, tied, tmp_path):
     assert (model.config.qk_norm, model.config.rope_theta) == (kind == "Qwen3", 700.0)
     ids = torch.randint(0, 97, (2, 33))
     torch.testing.assert_close(model(ids)[0], stock(ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("changes", "dtype", "chats"), [
+    (dict(qk_norm=False, n_kv_head=4), torch.float32, True),
+    (dict(tie_embeddings=False, rope_theta=700.0, head_dim=6), torch.bfloat16, False)])
+def test_llama_cpp_gives_our_logits_for_models_of_either_kind(tokenizer, tmp_path, changes, dtype, chats):
+    """The vocabulary is padded, as it may be in a checkpoint from elsewhere."""
+    model = random_model(tokenizer.vocab_size + 28, **changes).to(dtype)
+    training = {"summary": {"chat": chats}}
+    Checkpoint(model.config, model.state_dict(), tokenizer.to_dict(), training).save(tmp_path / "any.pt")
+    arguments = ["--model_path", str(tmp_path / "any.pt"), "--output_dir", str(tmp_path), "--format", "gguf"]
+    assert main(arguments) == 0
+    row, = json.loads((tmp_path / "export_report.json").read_text())["formats"]
+    assert row["largest_logit_difference"] < 1e-4
+    assert row["greedy_equal"] == row["greedy_count"] == 48
 
 
 def test_cached_generation_in_transformers_equals_ours(exported, checkpoint):
@@ -352,7 +371,7 @@ def test_the_chat_template_stands_in_both_places_and_generation_stops_at_the_end
 
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
-def test_a_named_encoding_converts_exactly(name):
+def test_a_named_encoding_converts_exactly(name, tmp_path):
     import tokenizers
     if "TIKTOKEN_CACHE_DIR" not in os.environ:
         pytest.skip("the vocabulary is not here; runs where TIKTOKEN_CACHE_DIR names a folder that holds it")
@@ -362,6 +381,8 @@ def test_a_named_encoding_converts_exactly(name):
     for text in [*fuzz_texts(2000), "a  \n \n  ", "\n\n   ", "1234567", "   x", "I'LL don't", "<|im_end|>"]:
         assert theirs.encode(text).ids == ours.encode(text), text
     assert [theirs.token_to_id(token) for token in SPECIAL_TOKENS] == [ours.special_ids[t] for t in SPECIAL_TOKENS]
+    arguments = ["--model_path", str(save(tmp_path / "named.pt", ours)), "--output_dir", str(tmp_path)]
+    assert main([*arguments, "--format", "gguf"]) == (2 if name == "o200k_base" else 0)
 
 
 def test_the_model_cards_say_how_it_was_trained_and_how_to_load_it(exported):
@@ -403,6 +424,14 @@ def change_theta(path: Path) -> None:
     torch.jit.save(model, path, _extra_files=extra)
 
 
+def flip_one_weight_and_split_as_gpt2_does(path: Path) -> None:
+    import gguf
+    tensor = next(t for t in gguf.GGUFReader(path, "r+").tensors if t.name == "blk.1.ffn_down.weight")
+    tensor.data[3, 5] *= -1
+    length = struct.pack("<Q", 5)
+    path.write_bytes(path.read_bytes().replace(length + b"qwen2", length + b"gpt-2"))
+
+
 def edit_json(path: Path, change) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     change(values)
@@ -429,13 +458,15 @@ def test_damaged_artifacts_fail_and_the_previous_ones_stay(exported, checkpoint,
     make("transformers", change_one_merge_and_lose_the_chats)
     make("torchscript", change_theta)
     make("onnx", flip_one_weight)
+    make("gguf", flip_one_weight_and_split_as_gpt2_does)
     assert main(["--model_path", str(checkpoint), "--output_dir", str(out)]) == 1
     said = capsys.readouterr()
-    for name in ("huggingface", "torchscript", "onnx"):
+    for name in ("huggingface", "torchscript", "onnx", "gguf"):
         assert f"export.py: {name}: logits differ by " in said.err
-    assert re.search("export.py: transformers: [1-9][0-9]* of [0-9]+ texts get other token ids", said.err)
+    for name in ("transformers", "gguf"):
+        assert re.search(f"export.py: {name}: [1-9][0-9]* of [0-9]+ texts get other token ids", said.err)
     assert "export.py: transformers: chats, but no chat template, or the other way round" in said.err
-    assert said.out.count("FAILED") == 4
+    assert said.out.count("FAILED") == len(FORMATS)
     after = contents(out)
     assert json.loads(after.pop("export_report.json"))["passed"] is False
     before.pop("export_report.json")
@@ -600,9 +631,20 @@ def test_a_missing_package_is_named_with_its_pip_install(checkpoint, capsys, mon
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if "onnx" in name else there(name))
     line = "onnx needs onnx, onnxscript, onnxruntime: pip install onnx onnxscript onnxruntime\n"
     assert refused(capsys, "--model_path", checkpoint, "--format", "onnx") == "export.py: " + line
-    chosen = export.choose_formats("all")
+    chosen = export.choose_formats("all", open_source(str(checkpoint), None))
     assert capsys.readouterr().err == "left out: " + line
-    assert [format.name for format in chosen] == ["huggingface", "transformers", "torchscript"]
+    assert [format.name for format in chosen] == [name for name in FORMATS if name != "onnx"]
+
+
+def test_a_model_that_llama_cpp_would_read_otherwise_is_left_out_or_refused(tokenizer, tmp_path, capsys):
+    values = {**tokenizer.to_dict(), "name": "o200k_base"}
+    model = random_model(tokenizer.vocab_size)
+    Checkpoint(model.config, model.state_dict(), values).save(tmp_path / "named.pt")
+    line = "gguf takes no model with the tokenizer o200k_base: llama.cpp cuts some texts in other places\n"
+    assert refused(capsys, "--model_path", tmp_path / "named.pt", "--format", "gguf") == "export.py: " + line
+    chosen = export.choose_formats("all", open_source(str(tmp_path / "named.pt"), None))
+    assert capsys.readouterr().err == "left out: " + line
+    assert [format.name for format in chosen] == [name for name in FORMATS if name != "gguf"]
 
 
 def test_a_format_that_does_without_safetensors_does_not_ask_for_it(checkpoint, tmp_path, monkeypatch):
@@ -627,9 +669,9 @@ def test_a_full_disk_is_one_line_and_the_previous_export_stays(checkpoint, tmp_p
             "export.write_expectation = lambda *_: None; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
             f"print([export.main({list(map(str, arguments))!r} + [name]) for name in {names!r}])")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.stdout == "[2, 2, 2]\n", run.stderr
+    assert run.stdout == "[2, 2, 2, 2]\n", run.stderr
     said = [line for line in run.stderr.splitlines() if not line.endswith(": writing")]
-    assert len(said) == 3
+    assert len(said) == 4
     for name, line in zip(names, said, strict=True):
         assert line.startswith(f"export.py: cannot write {FORMATS[name].target}: "), run.stderr
     assert contents(tmp_path) == {"model.pt": b"previous"}

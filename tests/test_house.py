@@ -21,7 +21,7 @@ MAY_IMPORT = {"model": set(), "tokenizer": {"model"}, "readers": {"model", "toke
               "artifacts": {"model", "tokenizer"}, "chat": {"model", "tokenizer", "artifacts"},
               "formats": {"model", "tokenizer"}, "export": {"model", "tokenizer", "formats"}}
 HEAVY = {"transformers", "onnx", "onnxruntime", "onnxscript", "tokenizers", "matplotlib", "pandas", "huggingface_hub",
-         "safetensors", "tensorboard"}
+         "safetensors", "tensorboard", "gguf", "cyllama"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set:
