@@ -10,6 +10,7 @@ import re
 import zipfile
 from base64 import b64encode
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Callable, Iterator, List, Tuple
 
@@ -193,6 +194,7 @@ def open_transformers(path: Path, device: str) -> Runtime:
         raise InputError(f"{path}: model.safetensors lacks {len(info['missing_keys'])} of the model's weights")
     model = model.to(device).eval()
     cache = DynamicCache()
+    cache_name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # before 5.24
 
     @torch.inference_mode()
     def feed(kept: int, new: List[int]) -> Tensor:
@@ -202,7 +204,7 @@ def open_transformers(path: Path, device: str) -> Runtime:
         elif surplus := cache.get_seq_length() - kept:
             cache.crop(-surplus)
         ids = torch.tensor([new], device=device)
-        return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        return model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_name: cache}).logits[0, -1]
 
     return Runtime("transformers folder", tokenizer, sizes, feed, is_chat(values))
 

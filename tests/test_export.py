@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Iterator
 from unittest.mock import create_autospec
 
 import numpy as np
@@ -111,6 +112,39 @@ def contents(folder: Path) -> dict:
 # ------------------------------------------------------------------------------------------------------- parity
 
 
+@pytest.fixture(scope="module")
+def compiling(tmp_path_factory) -> Iterator[subprocess.Popen]:
+    """The compiler at work on tests/libtorch/logits.cpp, beside the export; its last argument is the program."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if not compiler or sys.platform != "linux":
+        pytest.skip("needs g++ or clang++ on Linux; runs wherever one is installed")
+    torch_dir, program = Path(torch.__file__).parent, tmp_path_factory.mktemp("compiled") / "logits"
+    include = [f"-I{torch_dir / 'include'}", f"-I{torch_dir / 'include/torch/csrc/api/include'}"]
+    libraries = [f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_dir / 'lib'}"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    with subprocess.Popen([compiler, "-std=c++20", "-O0", "-w", abi, *include, str(ROOT / "tests/libtorch/logits.cpp"),
+                           *libraries, "-o", str(program)]) as process:
+        yield process
+        process.kill()
+
+
+def test_a_cpp_program_gives_the_same_logits(compiling, exported, checkpoint):
+    assert compiling.wait() == 0
+    program = compiling.args[-1]
+    source = open_source(str(checkpoint), None)
+    for ids in ([5], [5, 260, 17], list(range(64))):
+        run = subprocess.run([program, str(exported / "exported_models/model.pt"), *map(str, ids)],
+                             capture_output=True, text=True, check=True)
+        sizes, *logits = run.stdout.splitlines()
+        assert sizes == f"{len(source.config_text.encode())} {len(source.tokenizer_text.encode())}"
+        expected = source.model(torch.tensor([ids]))[0][0, -1]
+        torch.testing.assert_close(torch.tensor([float(line) for line in logits]), expected, atol=2e-5, rtol=0)
+    too_long = subprocess.run([program, str(exported / "exported_models/model.pt"), *["1"] * 65],
+                              capture_output=True, text=True)
+    assert too_long.returncode == 1
+    assert "context_length" in too_long.stderr
+
+
 def test_every_format_is_proven_and_reported(exported):
     report = json.loads((exported / "exported_models/export_report.json").read_text())
     assert report["passed"] is True
@@ -142,30 +176,6 @@ def test_each_proof_began_with_the_contracts_snippet(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_readme_shows_the_snippet_that_each_proof_begins_with(name):
     assert f"```python{FORMATS[name].snippet}```" in (ROOT / "README_en.md").read_text(encoding="utf-8")
-
-
-def test_a_cpp_program_gives_the_same_logits(exported, checkpoint, tmp_path):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if not compiler or sys.platform != "linux":
-        pytest.skip("needs g++ or clang++ on Linux; runs wherever one is installed")
-    torch_dir, program = Path(torch.__file__).parent, tmp_path / "logits"
-    include = [f"-I{torch_dir / 'include'}", f"-I{torch_dir / 'include/torch/csrc/api/include'}"]
-    libraries = [f"-L{torch_dir / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_dir / 'lib'}"]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    subprocess.run([compiler, "-std=c++20", "-O0", "-w", abi, *include, str(ROOT / "tests/libtorch/logits.cpp"),
-                    *libraries, "-o", str(program)], check=True)
-    source = open_source(str(checkpoint), None)
-    for ids in ([5], [5, 260, 17], list(range(64))):
-        run = subprocess.run([program, str(exported / "exported_models/model.pt"), *map(str, ids)],
-                             capture_output=True, text=True, check=True)
-        sizes, *logits = run.stdout.splitlines()
-        assert sizes == f"{len(source.config_text.encode())} {len(source.tokenizer_text.encode())}"
-        expected = source.model(torch.tensor([ids]))[0][0, -1]
-        torch.testing.assert_close(torch.tensor([float(line) for line in logits]), expected, atol=2e-5, rtol=0)
-    too_long = subprocess.run([program, str(exported / "exported_models/model.pt"), *["1"] * 65],
-                              capture_output=True, text=True)
-    assert too_long.returncode == 1
-    assert "context_length" in too_long.stderr
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
