@@ -148,6 +148,14 @@ def read_exported_config(text: str, source: str) -> Tuple[GPTConfig, bool]:
     return GPTConfig.from_dict(sizes), is_chat(values)
 
 
+def read_transformers_sizes(values: dict) -> GPTConfig:
+    """The sizes in a config.json of transformers."""
+    names = dict(vocab_size="vocab_size", context_length="max_position_embeddings", n_layer="num_hidden_layers",
+                 n_head="num_attention_heads", n_kv_head="num_key_value_heads", d_model="hidden_size",
+                 d_ff="intermediate_size", head_dim="head_dim", tie_embeddings="tie_word_embeddings")
+    return GPTConfig.from_dict({ours: values[theirs] for ours, theirs in names.items() if theirs in values})
+
+
 # ----------------------------------------------------------------------------------------------------- openers
 
 
@@ -169,10 +177,7 @@ def open_transformers(path: Path, device: str) -> Runtime:
     """Weights from safetensors alone, classes from transformers alone: nothing in the folder is executed."""
     tokenizer = read_tokenizer_json(read_text(path / "tokenizer.json"), str(path))
     values = read_config(read_text(path / "config.json"), str(path))
-    names = dict(vocab_size="vocab_size", context_length="max_position_embeddings", n_layer="num_hidden_layers",
-                 n_head="num_attention_heads", n_kv_head="num_key_value_heads", d_model="hidden_size",
-                 d_ff="intermediate_size", head_dim="head_dim", tie_embeddings="tie_word_embeddings")
-    sizes = GPTConfig.from_dict({ours: values[theirs] for ours, theirs in names.items() if theirs in values})
+    sizes = read_transformers_sizes(values)
     if sizes.parameter_count() > sum(file.stat().st_size for file in path.glob("*.safetensors")):
         raise InputError(f"{path}: model.safetensors is missing, or smaller than config.json says")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -245,8 +250,11 @@ def open_torchscript(path: Path, device: str) -> Runtime:
     return Runtime("TorchScript", tokenizer, config, uncached(compute), chats)
 
 
-def open_onnx(path: Path, device: str) -> Runtime:
-    """ONNX Runtime on the CPU. Nothing is loaded before it is sure that no weight lies outside the file's folder."""
+def start_session(path: Path):
+    """An ONNX Runtime session on the CPU, and the texts in the file.
+
+    Nothing is loaded before it is sure that no weight lies outside the file's folder.
+    """
     try:
         import onnx
         import onnxruntime
@@ -262,24 +270,53 @@ def open_onnx(path: Path, device: str) -> Runtime:
             raise InputError(f"{path}: refused, its weights point outside its folder ({location!r:.80})")
         if not target.is_file():
             raise InputError(f"{path}: its weights should lie beside it in {location!r:.80}, which is not there")
-    extra = {prop.key: prop.value for prop in proto.metadata_props}
-    if "config.json" not in extra or "tokenizer.json" not in extra:
-        raise InputError(f"{path}: an ONNX file, but not one that export.py wrote")
-    tokenizer = read_tokenizer_json(extra["tokenizer.json"], str(path))
-    config, chats = read_exported_config(extra["config.json"], str(path))
+    texts = {prop.key: prop.value for prop in proto.metadata_props}
     del proto
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), texts
     except Exception as error:  # ONNX Runtime's own errors
         raise InputError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]:.200})") from error
+
+
+def open_onnx(path: Path, device: str) -> Runtime:
+    session, texts = start_session(path)
+    if "config.json" not in texts or "tokenizer.json" not in texts:
+        raise InputError(f"{path}: an ONNX file, but not one that export.py wrote")
+    tokenizer = read_tokenizer_json(texts["tokenizer.json"], str(path))
+    config, chats = read_exported_config(texts["config.json"], str(path))
 
     def compute(ids: List[int]) -> Tensor:
         logits = session.run(["logits"], {"input_ids": torch.tensor([ids]).numpy()})[0]
         return torch.from_numpy(logits[0, -1])
 
     return Runtime("ONNX", tokenizer, config, uncached(compute), chats)
+
+
+def open_web(path: Path, device: str) -> Runtime:
+    """The graph that keeps keys and values, of a folder for transformers.js, in ONNX Runtime."""
+    tokenizer = read_tokenizer_json(read_text(path / "tokenizer.json"), str(path))
+    values = read_config(read_text(path / "config.json"), str(path))
+    config = read_transformers_sizes(values)
+    session, _ = start_session(path / "onnx/model.onnx")
+    *_, logits_size = session.get_outputs()[0].shape
+    kept_shapes = {put.name: put.shape[1::2] for put in session.get_inputs() if put.name.startswith("past_key_values.")}
+    names = list(kept_shapes)
+    if [logits_size, *kept_shapes.values()] != [config.vocab_size] + [[config.n_kv_head, config.head_dim]] * (
+            2 * config.n_layer):
+        raise InputError(f"{path}: onnx/model.onnx has not the sizes that config.json gives")
+    past = [torch.zeros(1, config.n_kv_head, 0, config.head_dim).numpy()] * len(names)
+
+    def feed(kept: int, new: List[int]) -> Tensor:
+        inputs = {name: array[:, :, :kept] for name, array in zip(names, past, strict=True)}
+        ids, positions = torch.tensor([new]), torch.arange(kept, kept + len(new))[None]
+        mask = torch.ones(1, kept + len(new), dtype=torch.long)
+        logits, *past[:] = session.run(None, inputs | {"input_ids": ids.numpy(), "attention_mask": mask.numpy(),
+                                                       "position_ids": positions.numpy()})
+        return torch.from_numpy(logits[0, -1])
+
+    return Runtime("web folder", tokenizer, config, feed, is_chat(values))
 
 
 def external_locations(message) -> Iterator[str]:
@@ -334,6 +371,7 @@ FILES: Tuple[Tuple[Callable[[Path], bool], Callable[[Path, str], Runtime]], ...]
 )
 FOLDERS: Tuple[Tuple[Callable[[Path], bool], Callable[[Path, str], Runtime]], ...] = (
     (has_config_of("gpt"), open_huggingface),
+    (lambda path: (path / "onnx/model.onnx").exists(), open_web),
     (has_config_of("qwen3", "llama"), open_transformers),
     (lambda path: True, refuse("config.json is not of a model that export.py writes")),
 )

@@ -7,6 +7,7 @@
     transformers  transformers/  stock Qwen3ForCausalLM or LlamaForCausalLM, tokenizer, chat template, generation config
     torchscript   model.pt       torch.jit.script, for places without Python; model(input_ids, None) -> (logits, None)
     onnx          model.onnx     opset 20, dynamic batch and length; "input_ids" -> "logits"
+    web           web/           transformers.js, in a browser or Node.js: an ONNX graph that keeps keys and values
     gguf          model.gguf     llama.cpp and the programs built on it; tokenizer and chat template inside
 
 config.json and tokenizer.json ride along inside model.pt and model.onnx. A fresh interpreter opens each result the way

@@ -51,6 +51,11 @@ class Source:
         return self.summary.get("chat") is not False
 
     @property
+    def weight_bytes(self) -> int:
+        """Of the weights in float32."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    @property
     def config_text(self) -> str:
         return json.dumps({"model_type": "gpt", **self.config.to_dict(), "chat": self.is_chat}, indent=2) + "\n"
 
@@ -390,8 +395,8 @@ for messages, prompted, ids in expected["chats"]:
 """
 
 
-def write_transformers(source: Source, folder: Path) -> None:
-    from safetensors.torch import save_file
+def transformers_texts(source: Source) -> Dict[str, str]:
+    """The contents, by file name, of all that a transformers folder holds besides its weights and model card."""
     tokenizer, weights = source.tokenizer, source.checkpoint.weights
     end_of_text, _, im_end = SPECIAL_TOKENS
     ends, pad_id = [im_end, end_of_text] if source.is_chat else [end_of_text], tokenizer.end_of_text_id
@@ -410,18 +415,24 @@ def write_transformers(source: Source, folder: Path) -> None:
             "model_max_length": source.config.context_length, "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False, "padding_side": "left", **template},
     }
+    texts = {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in documents.items()}
+    texts["tokenizer.json"] = source.tokenizer_text
+    if source.is_chat:
+        texts["chat_template.jinja"] = CHAT_TEMPLATE
+    return texts
+
+
+def write_transformers(source: Source, folder: Path) -> None:
+    from safetensors.torch import save_file
+    notes = TRANSFORMERS_NOTES + (CHAT_NOTES if source.is_chat else PLAIN_TEXT_NOTES)
+    card = model_card(source, "transformers", TRANSFORMERS_SNIPPET, notes)
     with writing(folder):
         folder.mkdir()
-        for name, content in documents.items():
-            folder.joinpath(name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        folder.joinpath("tokenizer.json").write_text(source.tokenizer_text, encoding="utf-8")
-        if source.is_chat:
-            folder.joinpath("chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-        save_file(to_transformers(weights, source.config), folder / "model.safetensors", metadata={"format": "pt"})
+        for name, text in {**transformers_texts(source), "README.md": card}.items():
+            folder.joinpath(name).write_text(text, encoding="utf-8")
+        weights = to_transformers(source.checkpoint.weights, source.config)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read
-        notes = TRANSFORMERS_NOTES + (CHAT_NOTES if source.is_chat else PLAIN_TEXT_NOTES)
-        card = model_card(source, "transformers", TRANSFORMERS_SNIPPET, notes)
-        folder.joinpath("README.md").write_text(card, encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- torchscript
@@ -499,9 +510,8 @@ def write_onnx(source: Source, path: Path) -> None:
             input_names=["input_ids"], output_names=["logits"], dynamic_shapes={"input_ids": shape}, verbose=False)
         program.model.metadata_props["config.json"] = source.config_text
         program.model.metadata_props["tokenizer.json"] = source.tokenizer_text
-        size = sum(parameter.nbytes for parameter in source.model.parameters())
         with writing(path):
-            program.save(str(path), external_data=size > ONNX_FILE_LIMIT)
+            program.save(str(path), external_data=source.weight_bytes > ONNX_FILE_LIMIT)
 
 
 @contextmanager
@@ -515,6 +525,132 @@ def quiet_libraries() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+# --------------------------------------------------------------------------------------------------------- web
+
+WEB_SNIPPET = """
+import onnxruntime as ort
+session = ort.InferenceSession("exported_models/web/onnx/model.onnx")
+"""
+
+WEB_NOTES = """
+In a browser, or in Node.js after `npm install @huggingface/transformers`, with this folder at `models/web`:
+
+```js
+import { env, pipeline } from "@huggingface/transformers";
+env.allowRemoteModels = false;
+env.localModelPath = "models/";
+const generate = await pipeline("text-generation", "web");
+const messages = [{ role: "user", content: "你好，请问" }];
+const [{ generated_text }] = await generate(messages, { max_new_tokens: 50 });
+console.log(generated_text.at(-1).content);
+```
+
+The graph keeps keys and values: ids of new tokens, `past_key_values` -> logits, `present`, named as Optimum names them.
+"""
+
+# Logits from one call, greedy tokens one by one onto what the calls before have kept.
+WEB_PROBE = """
+import onnx
+onnx.checker.check_model("exported_models/web/onnx/model.onnx", full_check=True)
+folder = "exported_models/web/"
+tokenizer_text = open(folder + "tokenizer.json", encoding="utf-8").read()
+config_text = None
+config = json.load(open(folder + "config.json", encoding="utf-8"))
+tokenizer_config = json.load(open(folder + "tokenizer_config.json", encoding="utf-8"))
+if not config["chat"] == ("chat_template" in tokenizer_config) == expected["config"]["chat"]:
+    problems.append("chats, but no chat template, or the other way round")
+names = [put.name for put in session.get_inputs()[3:]]
+
+def extend(past, ids):
+    before = past[0].shape[2]
+    inputs = dict(input_ids=ids, attention_mask=np.ones((len(ids), before + ids.shape[1]), np.int64),
+                  position_ids=np.tile(np.arange(before, before + ids.shape[1]), (len(ids), 1)))
+    logits, *present = session.run(None, {**inputs, **dict(zip(names, past))})
+    return logits, present
+
+def nothing(batch):
+    shape = batch, config["num_key_value_heads"], 0, config["head_dim"]
+    return [np.zeros(shape, np.float32)] * len(names)
+
+def compute_logits(ids):
+    return extend(nothing(len(ids)), ids)[0]
+
+def decode_greedily(prompt, count):
+    ids, new, past = [], prompt, nothing(1)
+    for _ in range(count):
+        logits, past = extend(past, np.array([new]))
+        new = [int(logits[0, -1].argmax())]
+        ids += new
+    return ids
+"""
+
+
+class GrowingCache:
+    """KVCache's `extend` on tensors of their own, as a graph has its inputs and outputs."""
+
+    def __init__(self, past: List[Tuple[Tensor, Tensor]]):
+        self.past, self.present = past, []
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> Tuple[Tensor, Tensor]:
+        old_k, old_v = self.past[layer]
+        self.present.append((torch.cat((old_k, k), dim=2), torch.cat((old_v, v), dim=2)))
+        return self.present[-1]
+
+
+class WithPast(nn.Module):
+    """The model for batches padded on the left that go on from keys and values kept: one (B, K, S - T, D) pair a layer.
+
+    input_ids and position_ids (B, T), attention_mask (B, S) with 0 for padding -> logits (B, T, V), pairs (B, K, S, D).
+    """
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor,
+                past: List[Tuple[Tensor, Tensor]]) -> Tuple[Tensor, List[Tuple[Tensor, Tensor]]]:
+        model, cache = self.model, GrowingCache(past)
+        T, S = input_ids.size(1), attention_mask.size(1)
+        key, query = torch.arange(S), torch.arange(S - T, S)[:, None]
+        # Padding sees itself: a softmax over nothing is not a number, and would spread from there.
+        mask = (key == query) | ((key < query) & attention_mask[:, None, None, :].bool())  # (B, 1, T, S)
+        cos, sin = model.cos[position_ids], model.sin[position_ids]
+        x = model.token_embedding(input_ids)
+        for block in model.blocks:
+            x = block(x, cos, sin, cache, False, mask)
+        return model.lm_head(model.final_norm(x)), cache.present
+
+
+def refused_by_web(source: Source) -> str:
+    return "takes no model beyond 2 GB, where an ONNX file ends" if source.weight_bytes > ONNX_FILE_LIMIT else ""
+
+
+def write_web(source: Source, folder: Path) -> None:
+    config = source.config
+    names = [f"{layer}.{kind}" for layer in range(config.n_layer) for kind in ("key", "value")]
+    # Each a tensor of its own: torch.export takes one that is given twice for one input.
+    kept = torch.zeros(config.n_layer, 2, 2, config.n_kv_head, 5, config.head_dim)
+    example = (torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 9, dtype=torch.long), torch.arange(4).repeat(2, 1),
+               [(key.clone(), value.clone()) for key, value in kept])
+    new, past = {0: "batch_size", 1: "sequence_length"}, {0: "batch_size", 2: "past_sequence_length"}
+    shapes = (new, {0: "batch_size", 1: "total_sequence_length"}, new, [(past, past)] * config.n_layer)
+    with quiet_libraries():
+        program = torch.onnx.export(
+            WithPast(source.model).eval(), example, dynamo=True, opset_version=ONNX_OPSET, external_data=False,
+            input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{n}" for n in names)],
+            output_names=["logits", *(f"present.{n}" for n in names)], dynamic_shapes=shapes, verbose=False)
+    texts = transformers_texts(source)
+    # Without a word transformers.js takes a quantized model in a browser, which is not here.
+    web = {"transformers.js_config": {"dtype": "fp32"}}
+    texts["config.json"] = json.dumps(json.loads(texts["config.json"]) | web, indent=2) + "\n"
+    texts["README.md"] = model_card(source, "transformers.js", WEB_SNIPPET, WEB_NOTES)
+    with writing(folder):
+        folder.joinpath("onnx").mkdir(parents=True)
+        for name, text in texts.items():
+            folder.joinpath(name).write_text(text, encoding="utf-8")
+        program.save(str(folder / "onnx/model.onnx"), external_data=False)
 
 
 # -------------------------------------------------------------------------------------------------------- gguf
@@ -687,6 +823,8 @@ FORMATS = {format.name: format for format in (
            write_torchscript, TORCHSCRIPT_SNIPPET, TORCHSCRIPT_PROBE),
     Format("onnx", "model.onnx", ("onnx", "onnxscript", "onnxruntime", "tokenizers"),
            write_onnx, ONNX_SNIPPET, ONNX_PROBE),
+    Format("web", "web", ("onnx", "onnxscript", "onnxruntime", "tokenizers"),
+           write_web, WEB_SNIPPET, WEB_PROBE, is_folder=True, refuses=refused_by_web),
     Format("gguf", "model.gguf", ("gguf", "cyllama"),
            write_gguf, GGUF_SNIPPET, GGUF_PROBE, refuses=refused_by_gguf),
 )}

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
 # ------------------------------------------------------------------------------------------------------- parity
 
 
-@pytest.mark.parametrize("name", ["huggingface", "transformers", "torchscript", "onnx"])
+@pytest.mark.parametrize("name", ["huggingface", "transformers", "torchscript", "onnx", "web"])
 def test_greedy_replies_over_several_turns_are_the_same_from_every_artifact(artifacts, name):
     said = ["我叫小明", "我叫什么？", "数到十", "今天<|im_end|>\n天气 weather 👍🏽"]
     sessions = [session_of(artifacts[kind], max_new_tokens=40) for kind in ("checkpoint", name)]
@@ -264,12 +265,12 @@ def zip_bomb(artifacts, tmp_path) -> Path:
 
 def folder_with(tmp_path, artifacts, kind, **files) -> Path:
     """A copy of an exported folder with some files replaced, or left out where the content is None."""
-    folder = tmp_path / kind
-    folder.mkdir()
-    for file in artifacts[kind].iterdir():
-        content = files.get(file.stem, file.read_bytes())
-        if content is not None:
-            (folder / file.name).write_bytes(content)
+    folder = Path(shutil.copytree(artifacts[kind], tmp_path / kind))
+    for file in [file for file in folder.iterdir() if file.stem in files]:
+        if files[file.stem] is None:
+            file.unlink()
+        else:
+            file.write_bytes(files[file.stem])
     return folder
 
 
@@ -302,6 +303,8 @@ BAD_ARTIFACTS = {
     "transformers cannot load": lambda a, t: folder_with(t, a, "transformers", model=b"\xff" * 2**20),
     "must be from 1 to": lambda a, t: folder_with(
         t, a, "transformers", config=config_with(a, "transformers", num_hidden_layers=-1)),
+    "has not the sizes that config.json gives": lambda a, t: folder_with(
+        t, a, "web", config=config_with(a, "web", num_key_value_heads=3, num_attention_heads=3)),
     "smaller than config.json says": lambda a, t: folder_with(
         t, a, "transformers", config=config_with(a, "transformers", num_hidden_layers=1000)),
 }
@@ -515,7 +518,7 @@ def of_plain_text(artifacts, name, tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "huggingface", "transformers", "torchscript", "onnx"])
+@pytest.mark.parametrize("name", ["checkpoint", "huggingface", "transformers", "torchscript", "onnx", "web"])
 def test_every_artifact_tells_a_model_that_chats_from_one_of_plain_text(artifacts, tmp_path, name):
     assert open_model(artifacts[name], "cpu").is_chat
     assert not open_model(of_plain_text(artifacts, name, tmp_path), "cpu").is_chat

@@ -177,6 +177,21 @@ def test_the_split_is_by_record_and_the_same_every_time(tokenizer, tmp_path):
     assert len(held) + len(splits["train"][0]) == 400
 
 
+@pytest.mark.parametrize(("chats", "texts_held"), [(19, True), (20, False), (200, False)])
+def test_among_chats_no_text_is_held_back_for_validation(tokenizer, tmp_path, chats, texts_held):
+    """Their loss would decide which model is the best, though it is the chats that get better."""
+    with open(tmp_path / "texts.jsonl", "w") as file:
+        for number in range(300):
+            file.write(json.dumps({"text": f"{number} and then {number + 1}"}) + "\n")
+    paths = [str(tmp_path / "texts.jsonl"), str(chat_file(tmp_path / "chats.jsonl", chats))]
+    splits = data._split(prepare(paths, tokenizer, None, tmp_path / "cache"))
+    held, trained = (splits[name][2].tolist() for name in ("val", "train"))
+    assert (data.TEXT in held) == texts_held
+    assert len(held) + len(trained) == 300 + chats
+    assert held
+    assert data.CHAT in trained
+
+
 ONE, TWO = [("q", "one")], [("q", "two")]  # 25 tokens each
 
 
@@ -188,6 +203,7 @@ ONE, TWO = [("q", "one")], [("q", "two")]  # 25 tokens each
     ([ONE, TWO], [25], [25], []),
     ([ONE], [25], [25], ["there is only one conversation: validation repeats what is trained on"]),
     (["same"] * 30, [6] * 29, [6], []),
+    (["ab", *[ONE] * 30], [4, *[25] * 29], [25], []),
 ])
 def test_tiny_data_still_gives_two_splits(tmp_path, records, train, val, notes):
     with open(tmp_path / "a.jsonl", "w") as file:

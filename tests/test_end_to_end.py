@@ -127,8 +127,9 @@ def test_chat_says_the_same_through_every_artifact(exported):
     def reply(path: str) -> str:
         return python(exported, str(ROOT / "chat.py"), "--greedy", "--prompt", "谢谢", "--model_path", path).stdout
 
-    artifacts = [f"exported_models/{name}" for name in ("huggingface", "transformers", "model.pt", "model.onnx")]
+    names = ("huggingface", "transformers", "model.pt", "model.onnx", "web")
+    artifacts = [f"exported_models/{name}" for name in names]
     with ThreadPoolExecutor(2) as pool:
         replies = list(pool.map(reply, ["checkpoints/best_model.pt", *artifacts]))
     assert "不客气" in replies[0]
-    assert replies == replies[:1] * 5
+    assert replies == replies[:1] * 6

@@ -164,7 +164,7 @@ def test_the_program_says_one_line_a_step_and_nothing_of_the_libraries(exported)
 
 def test_only_the_promised_files_are_left(exported):
     assert {path.name for path in (exported / "exported_models").iterdir()} == {
-        "huggingface", "transformers", "model.pt", "model.onnx", "model.gguf", "export_report.json"}
+        "huggingface", "transformers", "model.pt", "model.onnx", "web", "model.gguf", "export_report.json"}
 
 
 @pytest.mark.parametrize("name", sorted(SNIPPETS))
@@ -173,9 +173,12 @@ def test_each_proof_began_with_the_contracts_snippet(name):
     assert FORMATS[name].snippet.strip() == SNIPPETS[name].strip()
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_readme_shows_the_snippet_that_each_proof_begins_with(name):
-    assert f"```python{FORMATS[name].snippet}```" in (ROOT / "README_en.md").read_text(encoding="utf-8")
+def test_the_readme_shows_the_snippet_that_each_proof_begins_with_and_one_for_the_browser():
+    page = (ROOT / "README_en.md").read_text(encoding="utf-8")
+    for format in FORMATS.values():
+        assert format.name == "web" or f"```python{format.snippet}```" in page
+    script, = re.findall("(?s)```js\n.*?```", formats.WEB_NOTES)
+    assert script.replace("models/", "exported_models/") in page
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
@@ -227,6 +230,59 @@ def test_llama_cpp_gives_our_logits_for_models_of_either_kind(tokenizer, tmp_pat
     row, = json.loads((tmp_path / "export_report.json").read_text())["formats"]
     assert row["largest_logit_difference"] < 1e-4
     assert row["greedy_equal"] == row["greedy_count"] == 48
+
+
+def test_rows_padded_on_the_left_get_the_logits_they_get_alone(exported, checkpoint):
+    import onnxruntime
+    session = onnxruntime.InferenceSession(exported / "exported_models/web/onnx/model.onnx")
+    model = Checkpoint.load(checkpoint).build_model()
+    ids = torch.randint(0, 420, (3, 9))
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, :4] = mask[2, :8] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    nothing = np.zeros((3, 2, 0, 8), np.float32)
+    past = {put.name: nothing for put in session.get_inputs()[3:]}
+    logits = session.run(["logits"], {name: tensor.numpy() for name, tensor in inputs.items()} | past)[0]
+    for row, start in enumerate((0, 4, 8)):
+        expected = model(ids[row:row + 1, start:])[0][0]
+        torch.testing.assert_close(torch.from_numpy(logits[row, start:]), expected, atol=1e-4, rtol=0)
+
+
+TRANSFORMERS_JS = """
+const { AutoModelForCausalLM, AutoTokenizer, Tensor, env } = require("@huggingface/transformers");
+const { texts, prompt, messages } = JSON.parse(require("fs").readFileSync(0, "utf-8"));
+env.allowRemoteModels = false;
+env.localModelPath = "exported_models/";
+(async () => {
+  const tokenizer = await AutoTokenizer.from_pretrained("web");
+  const model = await AutoModelForCausalLM.from_pretrained("web");
+  model.generation_config.eos_token_id = null;
+  const tensor = (ids) => new Tensor("int64", BigInt64Array.from(ids, BigInt), [1, ids.length]);
+  const made = await model.generate({
+    input_ids: tensor(prompt), attention_mask: tensor(prompt.map(() => 1)), max_new_tokens: 40, do_sample: false,
+  });
+  console.log(JSON.stringify({
+    ids: texts.map((text) => tokenizer.encode(text)),
+    chat: tokenizer.apply_chat_template(messages, { add_generation_prompt: true, return_tensor: false }).input_ids,
+    greedy: Array.from(made.data, Number),
+  }));
+})();
+"""
+
+
+def test_transformers_js_gives_our_tokens(exported, checkpoint, tokenizer):
+    if not shutil.which("node") or subprocess.run(["node", "-e", "require('@huggingface/transformers')"], check=False,
+                                                  capture_output=True).returncode:
+        pytest.skip("needs node and its package @huggingface/transformers; runs where NODE_PATH leads to it")
+    texts = [text for text in fuzz_texts(2000) if not any(token in text for token in SPECIAL_TOKENS)]
+    prompt, messages = [7, 260, 31], [{"role": "user", "content": "  去火车站 怎么走？\n"}]
+    asked = json.dumps({"texts": texts, "prompt": prompt, "messages": messages})
+    run = subprocess.run(["node", "-e", TRANSFORMERS_JS], cwd=exported, input=asked, capture_output=True, text=True,
+                         encoding="utf-8", check=True)
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["greedy"] == prompt + list(Checkpoint.load(checkpoint).build_model().generate(prompt, 40))
+    assert found["chat"] == render_chat(tokenizer, messages, True)[0]
+    assert found["ids"] == tokenizer.encode_batch(texts)
 
 
 def test_cached_generation_in_transformers_equals_ours(exported, checkpoint):
@@ -442,6 +498,15 @@ def flip_one_weight_and_split_as_gpt2_does(path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(length + b"qwen2", length + b"gpt-2"))
 
 
+def forget_what_was_kept_and_the_chats(folder: Path) -> None:
+    import onnx
+    model = onnx.load(folder / "onnx/model.onnx")
+    joins = [node for node in model.graph.node if node.op_type == "Concat" and "past_key_values.1.value" in node.input]
+    joins[0].input[0] = "past_key_values.0.value"
+    onnx.save(model, folder / "onnx/model.onnx")
+    edit_json(folder / "tokenizer_config.json", lambda values: values.pop("chat_template"))
+
+
 def edit_json(path: Path, change) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     change(values)
@@ -468,6 +533,7 @@ def test_damaged_artifacts_fail_and_the_previous_ones_stay(exported, checkpoint,
     make("transformers", change_one_merge_and_lose_the_chats)
     make("torchscript", change_theta)
     make("onnx", flip_one_weight)
+    make("web", forget_what_was_kept_and_the_chats)
     make("gguf", flip_one_weight_and_split_as_gpt2_does)
     assert main(["--model_path", str(checkpoint), "--output_dir", str(out)]) == 1
     said = capsys.readouterr()
@@ -475,7 +541,9 @@ def test_damaged_artifacts_fail_and_the_previous_ones_stay(exported, checkpoint,
         assert f"export.py: {name}: logits differ by " in said.err
     for name in ("transformers", "gguf"):
         assert re.search(f"export.py: {name}: [1-9][0-9]* of [0-9]+ texts get other token ids", said.err)
-    assert "export.py: transformers: chats, but no chat template, or the other way round" in said.err
+    for name in ("transformers", "web"):
+        assert f"export.py: {name}: chats, but no chat template, or the other way round" in said.err
+    assert "export.py: web: greedy decoding parts at token 2\n" in said.err
     assert said.out.count("FAILED") == len(FORMATS)
     after = contents(out)
     assert json.loads(after.pop("export_report.json"))["passed"] is False
@@ -642,8 +710,8 @@ def test_a_missing_package_is_named_with_its_pip_install(checkpoint, capsys, mon
     line = "onnx needs onnx, onnxscript, onnxruntime: pip install onnx onnxscript onnxruntime\n"
     assert refused(capsys, "--model_path", checkpoint, "--format", "onnx") == "export.py: " + line
     chosen = export.choose_formats("all", open_source(str(checkpoint), None))
-    assert capsys.readouterr().err == "left out: " + line
-    assert [format.name for format in chosen] == [name for name in FORMATS if name != "onnx"]
+    assert capsys.readouterr().err == f"left out: {line}left out: {line.replace('onnx', 'web', 1)}"
+    assert [format.name for format in chosen] == [name for name in FORMATS if name not in ("onnx", "web")]
 
 
 def test_a_model_that_llama_cpp_would_read_otherwise_is_left_out_or_refused(tokenizer, tmp_path, capsys):
@@ -674,7 +742,7 @@ def test_a_full_disk_is_one_line_and_the_previous_export_stays(checkpoint, tmp_p
         f"export.py: {tmp_path}: 1 MB are free, the export needs 67 MB\n")
     monkeypatch.undo()
     pytest.importorskip("resource", reason="limits the size of files the POSIX way; runs on Linux and macOS")
-    names = [name for name in FORMATS if name != "onnx"]  # takes long to reach its write, under the same guard
+    names = [name for name in FORMATS if name not in ("onnx", "web")]  # take long to reach the same guard
     code = (f"import resource, sys; sys.path.insert(0, {str(ROOT)!r}); import export; "
             "export.write_expectation = lambda *_: None; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
             f"print([export.main({list(map(str, arguments))!r} + [name]) for name in {names!r}])")

@@ -63,7 +63,7 @@ QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthC
 # ------------------------------------------------------------------------------------------------------ parity
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(text=TEXTS)
 def test_tiktoken_gives_the_ids_of_the_tokenizers_library(tokenizer, twin, text):
     assert tokenizer.encode(text) == twin.encode(clean_text(text)).ids
