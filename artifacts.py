@@ -1,4 +1,4 @@
-"""Opens whatever this project makes: a training checkpoint, or any format that export.py writes, told apart by content.
+"""Opens whatever this project makes: a training checkpoint, or what export.py writes (but GGUF), told apart by content.
 
 Nothing in an artifact is executed, and nothing is unpickled beyond tensors and plain data. What cannot be opened is an
 InputError that says why.
@@ -250,14 +250,11 @@ def open_torchscript(path: Path, device: str) -> Runtime:
     return Runtime("TorchScript", tokenizer, config, uncached(compute), chats)
 
 
-def start_session(path: Path):
-    """An ONNX Runtime session on the CPU, and the texts in the file.
-
-    Nothing is loaded before it is sure that no weight lies outside the file's folder.
-    """
+def read_onnx_texts(path: Path) -> dict:
+    """The texts in an ONNX file. Nothing is loaded, and it is sure that no weight lies outside the file's folder."""
     try:
         import onnx
-        import onnxruntime
+        import onnxruntime  # noqa: F401 (what start_session needs, missed here with the other)
     except ImportError as error:
         raise InputError(f"an ONNX file needs {error.name}: pip install onnx onnxruntime") from None
     try:
@@ -270,22 +267,29 @@ def start_session(path: Path):
             raise InputError(f"{path}: refused, its weights point outside its folder ({location!r:.80})")
         if not target.is_file():
             raise InputError(f"{path}: its weights should lie beside it in {location!r:.80}, which is not there")
-    texts = {prop.key: prop.value for prop in proto.metadata_props}
-    del proto
+    return {prop.key: prop.value for prop in proto.metadata_props}
+
+
+def start_session(path: Path):
+    """An ONNX Runtime session on the CPU, for a file that read_onnx_texts has found safe."""
+    import onnxruntime
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors are raised, and said in one line
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), texts
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's own errors
         raise InputError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]:.200})") from error
 
 
 def open_onnx(path: Path, device: str) -> Runtime:
-    session, texts = start_session(path)
+    texts = read_onnx_texts(path)
+    if (path.parent.parent / "config.json").exists():
+        raise InputError(f"{path}: a part of the folder {path.parent.parent}; give that")
     if "config.json" not in texts or "tokenizer.json" not in texts:
         raise InputError(f"{path}: an ONNX file, but not one that export.py wrote")
     tokenizer = read_tokenizer_json(texts["tokenizer.json"], str(path))
     config, chats = read_exported_config(texts["config.json"], str(path))
+    session = start_session(path)
 
     def compute(ids: List[int]) -> Tensor:
         logits = session.run(["logits"], {"input_ids": torch.tensor([ids]).numpy()})[0]
@@ -299,23 +303,27 @@ def open_web(path: Path, device: str) -> Runtime:
     tokenizer = read_tokenizer_json(read_text(path / "tokenizer.json"), str(path))
     values = read_config(read_text(path / "config.json"), str(path))
     config = read_transformers_sizes(values)
-    session, _ = start_session(path / "onnx/model.onnx")
-    *_, logits_size = session.get_outputs()[0].shape
-    kept_shapes = {put.name: put.shape[1::2] for put in session.get_inputs() if put.name.startswith("past_key_values.")}
-    names = list(kept_shapes)
-    if [logits_size, *kept_shapes.values()] != [config.vocab_size] + [[config.n_kv_head, config.head_dim]] * (
-            2 * config.n_layer):
-        raise InputError(f"{path}: onnx/model.onnx has not the sizes that config.json gives")
+    read_onnx_texts(path / "onnx/model.onnx")
+    session = start_session(path / "onnx/model.onnx")
+    names = [put.name for put in session.get_inputs() if put.name.startswith("past_key_values.")]
     past = [torch.zeros(1, config.n_kv_head, 0, config.head_dim).numpy()] * len(names)
 
     def feed(kept: int, new: List[int]) -> Tensor:
         inputs = {name: array[:, :, :kept] for name, array in zip(names, past, strict=True)}
         ids, positions = torch.tensor([new]), torch.arange(kept, kept + len(new))[None]
         mask = torch.ones(1, kept + len(new), dtype=torch.long)
-        logits, *past[:] = session.run(None, inputs | {"input_ids": ids.numpy(), "attention_mask": mask.numpy(),
-                                                       "position_ids": positions.numpy()})
+        inputs |= {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy()}
+        try:
+            found = session.run(None, inputs)
+        except Exception:  # ONNX Runtime's own errors
+            found = []
+        pair = 1, config.n_kv_head, kept + len(new), config.head_dim
+        if [array.shape for array in found] != [(1, len(new), config.vocab_size)] + [pair] * len(past):
+            raise InputError(f"{path}: damaged, onnx/model.onnx does not compute what config.json says")
+        logits, *past[:] = found
         return torch.from_numpy(logits[0, -1])
 
+    feed(0, [0])  # so that a damaged graph is refused here
     return Runtime("web folder", tokenizer, config, feed, is_chat(values))
 
 

@@ -1,4 +1,4 @@
-"""Talk to a model in the terminal: a training checkpoint, or any format that export.py writes.
+"""Talk to a model in the terminal: a training checkpoint, or what export.py writes (but GGUF).
 
     python chat.py --model_path checkpoints/best_model.pt
     python chat.py --model_path exported_models/model.onnx --greedy

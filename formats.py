@@ -10,7 +10,7 @@ import logging
 import re
 import shutil
 import warnings
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Tuple
@@ -542,13 +542,20 @@ import { env, pipeline } from "@huggingface/transformers";
 env.allowRemoteModels = false;
 env.localModelPath = "models/";
 const generate = await pipeline("text-generation", "web");
-const messages = [{ role: "user", content: "你好，请问" }];
-const [{ generated_text }] = await generate(messages, { max_new_tokens: 50 });
-console.log(generated_text.at(-1).content);
+%s
 ```
 
 The graph keeps keys and values: ids of new tokens, `past_key_values` -> logits, `present`, named as Optimum names them.
+transformers.js leaves no old turn out by itself, and past the context that the model was trained on its replies are
+nonsense: leave out the oldest messages before that.
 """
+
+WEB_CHAT = """const messages = [{ role: "user", content: "你好，请问" }];
+const [{ generated_text }] = await generate(messages, { max_new_tokens: 50 });
+console.log(generated_text.at(-1).content);"""
+
+WEB_CONTINUE = """const [{ generated_text }] = await generate("你好，请问", { max_new_tokens: 50 });
+console.log(generated_text);"""
 
 # Logits from one call, greedy tokens one by one onto what the calls before have kept.
 WEB_PROBE = """
@@ -616,7 +623,10 @@ class WithPast(nn.Module):
         key, query = torch.arange(S), torch.arange(S - T, S)[:, None]
         # Padding sees itself: a softmax over nothing is not a number, and would spread from there.
         mask = (key == query) | ((key < query) & attention_mask[:, None, None, :].bool())  # (B, 1, T, S)
-        cos, sin = model.cos[position_ids], model.sin[position_ids]
+        # Not from the model's tables, which end with its context: a chat that grows past it would end in an error.
+        half = model.config.head_dim // 2
+        angle = position_ids[:, :, None, None] * model.config.rope_theta ** -(torch.arange(half) / half)
+        cos, sin = angle.cos(), angle.sin()  # (B, T, 1, D/2)
         x = model.token_embedding(input_ids)
         for block in model.blocks:
             x = block(x, cos, sin, cache, False, mask)
@@ -643,9 +653,10 @@ def write_web(source: Source, folder: Path) -> None:
             output_names=["logits", *(f"present.{n}" for n in names)], dynamic_shapes=shapes, verbose=False)
     texts = transformers_texts(source)
     # Without a word transformers.js takes a quantized model in a browser, which is not here.
-    web = {"transformers.js_config": {"dtype": "fp32"}}
+    web = {"dtype": "float32", "torch_dtype": "float32", "transformers.js_config": {"dtype": "fp32"}}
     texts["config.json"] = json.dumps(json.loads(texts["config.json"]) | web, indent=2) + "\n"
-    texts["README.md"] = model_card(source, "transformers.js", WEB_SNIPPET, WEB_NOTES)
+    notes = WEB_NOTES % WEB_CHAT if source.is_chat else WEB_NOTES % WEB_CONTINUE + PLAIN_TEXT_NOTES
+    texts["README.md"] = model_card(source, "transformers.js", WEB_SNIPPET, notes)
     with writing(folder):
         folder.joinpath("onnx").mkdir(parents=True)
         for name, text in texts.items():
@@ -730,7 +741,8 @@ GGUF_SPLITS = {"trained": "qwen2", "gpt2": "gpt-2", "cl100k_base": "llama-bpe"}
 
 def refused_by_gguf(source: Source) -> str:
     return "" if source.tokenizer.name in GGUF_SPLITS else (
-        f"takes no model with the tokenizer {source.tokenizer.name}: llama.cpp cuts some texts in other places")
+        f"takes a trained tokenizer, gpt2 or cl100k_base, not {source.tokenizer.name!r:.60}, whose texts llama.cpp may "
+        "cut in other places")
 
 
 def to_gguf(weights: Dict[str, Tensor], config: GPTConfig) -> Dict[str, Tensor]:
@@ -757,8 +769,7 @@ def write_gguf(source: Source, path: Path) -> None:
     for token, i in vocabulary["vocab"].items():
         tokens[i] = token
         kinds[i] = gguf.TokenType.CONTROL if token in tokenizer.special_ids else gguf.TokenType.NORMAL
-    with writing(path):
-        writer = gguf.GGUFWriter(path, "qwen3" if config.qk_norm else "llama")
+    with writing(path), closing(gguf.GGUFWriter(path, "qwen3" if config.qk_norm else "llama")) as writer:
         writer.add_name(f"A GPT of {config.parameter_count() / 1e6:.1f} million parameters")
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         writer.add_vocab_size(config.vocab_size)
@@ -788,7 +799,6 @@ def write_gguf(source: Source, path: Path) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
 
 
 # ----------------------------------------------------------------------------------------------------- formats

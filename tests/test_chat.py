@@ -234,6 +234,14 @@ def without_a_weight(folder: Path) -> Path:
     return folder
 
 
+def with_an_output_less(folder: Path) -> Path:
+    import onnx
+    model = onnx.load(folder / "onnx/model.onnx")
+    del model.graph.output[-1]
+    onnx.save(model, folder / "onnx/model.onnx")
+    return folder
+
+
 def enlarged(path: Path) -> Path:
     """Longer than any such file may be, and no block of the disk longer than it was."""
     os.truncate(path, LARGEST_TEXT_FILE + 1)
@@ -296,6 +304,7 @@ BAD_ARTIFACTS = {
         folder_with(t, a, "huggingface") / "tokenizer.json").parent,
     "which is not there": lambda a, t: hostile_onnx(a, t, "gone.data"),
     "no tokenizer.json here": lambda a, t: folder_with(t, a, "huggingface", tokenizer=None),
+    "a part of the folder .*; give that": lambda a, t: a["web"] / "onnx/model.onnx",
     "its tokenizer is not one": lambda a, t: folder_with(t, a, "huggingface", tokenizer=b'{"model": {"vocab": []}}'),
     "not of a model that": lambda a, t: folder_with(t, a, "transformers", config=b'{"model_type": "bert"}'),
     "model.safetensors is missing": lambda a, t: folder_with(t, a, "transformers", model=None),
@@ -303,8 +312,9 @@ BAD_ARTIFACTS = {
     "transformers cannot load": lambda a, t: folder_with(t, a, "transformers", model=b"\xff" * 2**20),
     "must be from 1 to": lambda a, t: folder_with(
         t, a, "transformers", config=config_with(a, "transformers", num_hidden_layers=-1)),
-    "has not the sizes that config.json gives": lambda a, t: folder_with(
+    "does not compute what config.json says": lambda a, t: folder_with(
         t, a, "web", config=config_with(a, "web", num_key_value_heads=3, num_attention_heads=3)),
+    "web: damaged, onnx/model.onnx": lambda a, t: with_an_output_less(folder_with(t, a, "web")),
     "smaller than config.json says": lambda a, t: folder_with(
         t, a, "transformers", config=config_with(a, "transformers", num_hidden_layers=1000)),
 }

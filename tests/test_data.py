@@ -177,17 +177,18 @@ def test_the_split_is_by_record_and_the_same_every_time(tokenizer, tmp_path):
     assert len(held) + len(splits["train"][0]) == 400
 
 
-@pytest.mark.parametrize(("chats", "texts_held"), [(19, True), (20, False), (200, False)])
-def test_among_chats_no_text_is_held_back_for_validation(tokenizer, tmp_path, chats, texts_held):
+@pytest.mark.parametrize(("texts", "chats", "texts_held"), [
+    (90, 19, True), (20, 20, False), (90, 200, False), (2000, 20, True), (2000, 50, True)])
+def test_among_chats_no_text_is_held_back_for_validation(tokenizer, tmp_path, texts, chats, texts_held):
     """Their loss would decide which model is the best, though it is the chats that get better."""
     with open(tmp_path / "texts.jsonl", "w") as file:
-        for number in range(300):
+        for number in range(texts):
             file.write(json.dumps({"text": f"{number} and then {number + 1}"}) + "\n")
     paths = [str(tmp_path / "texts.jsonl"), str(chat_file(tmp_path / "chats.jsonl", chats))]
     splits = data._split(prepare(paths, tokenizer, None, tmp_path / "cache"))
     held, trained = (splits[name][2].tolist() for name in ("val", "train"))
     assert (data.TEXT in held) == texts_held
-    assert len(held) + len(trained) == 300 + chats
+    assert len(held) + len(trained) == texts + chats
     assert held
     assert data.CHAT in trained
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pexpect
@@ -116,8 +117,9 @@ def test_every_python_block_of_the_readme_runs_as_it_stands(exported):
     def run(code: str) -> subprocess.CompletedProcess:
         return python(exported, "-c", code, path=(ROOT,) if "from model" in code or "from data" in code else ())
 
+    codes = [code for code in blocks("README_en.md") if "cyllama" not in code or find_spec("cyllama")]
     with ThreadPoolExecutor(2) as pool:
-        for code, done in zip(codes := blocks("README_en.md"), pool.map(run, codes), strict=True):
+        for code, done in zip(codes, pool.map(run, codes), strict=True):
             assert done.returncode == 0, code + done.stderr[-2000:]
             if "print(tokenizer.decode(outputs[0]))" in code:
                 assert done.stdout.startswith("你好，请问")

@@ -11,6 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Iterator
 from unittest.mock import create_autospec
@@ -29,6 +30,9 @@ from model import GPT, Checkpoint, GPTConfig, InputError, unwrapped
 from tokenizer import SPECIAL_TOKENS, Tokenizer, render_chat
 
 ROOT = Path(__file__).resolve().parent.parent
+# cyllama has no wheel for Linux on ARM: there the format is not had, and what asks for it is skipped.
+INSTALLED = [name for name in FORMATS if all(map(find_spec, FORMATS[name].packages))]
+needs_llama_cpp = pytest.mark.skipif("gguf" not in INSTALLED, reason="needs cyllama; runs where pip has a wheel of it")
 SIZES = dict(context_length=64, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, head_dim=8)
 TEXTS = [
     "学而时习之，不亦说乎？窗外下着小雨，屋里有一盏灯，孩子在灯下读书，妈妈在旁边缝衣服。",
@@ -148,7 +152,7 @@ def test_a_cpp_program_gives_the_same_logits(compiling, exported, checkpoint):
 def test_every_format_is_proven_and_reported(exported):
     report = json.loads((exported / "exported_models/export_report.json").read_text())
     assert report["passed"] is True
-    assert [row["format"] for row in report["formats"]] == list(FORMATS)
+    assert [row["format"] for row in report["formats"]] == INSTALLED
     for row in report["formats"]:
         assert row["largest_logit_difference"] <= row["tolerance"] < 1e-3
         assert row["texts_equal"] == row["texts"] >= 400
@@ -159,12 +163,15 @@ def test_every_format_is_proven_and_reported(exported):
 
 def test_the_program_says_one_line_a_step_and_nothing_of_the_libraries(exported):
     lines = (exported / "said.txt").read_text().splitlines()
-    assert sorted(lines) == sorted(f"{name}: {step}" for name in FORMATS for step in ("writing", "proven"))
+    lines = [line for line in lines if not line.startswith("left out: ")]
+    assert sorted(lines) == sorted(f"{name}: {step}" for name in INSTALLED for step in ("writing", "proven"))
 
 
 def test_only_the_promised_files_are_left(exported):
     assert {path.name for path in (exported / "exported_models").iterdir()} == {
-        "huggingface", "transformers", "model.pt", "model.onnx", "web", "model.gguf", "export_report.json"}
+        *(FORMATS[name].target for name in INSTALLED), "export_report.json"}
+    assert {FORMATS[name].target for name in FORMATS} == {
+        "huggingface", "transformers", "model.pt", "model.onnx", "web", "model.gguf"}
 
 
 @pytest.mark.parametrize("name", sorted(SNIPPETS))
@@ -177,7 +184,7 @@ def test_the_readme_shows_the_snippet_that_each_proof_begins_with_and_one_for_th
     page = (ROOT / "README_en.md").read_text(encoding="utf-8")
     for format in FORMATS.values():
         assert format.name == "web" or f"```python{format.snippet}```" in page
-    script, = re.findall("(?s)```js\n.*?```", formats.WEB_NOTES)
+    script, = re.findall("(?s)```js\n.*?```", formats.WEB_NOTES % formats.WEB_CHAT)
     assert script.replace("models/", "exported_models/") in page
 
 
@@ -217,6 +224,7 @@ def test_a_folder_of_transformers_loads_as_our_model(kind, tied, tmp_path):
     torch.testing.assert_close(model(ids)[0], stock(ids).logits, atol=1e-5, rtol=0)
 
 
+@needs_llama_cpp
 @pytest.mark.parametrize(("changes", "dtype", "chats"), [
     (dict(qk_norm=False, n_kv_head=4), torch.float32, True),
     (dict(tie_embeddings=False, rope_theta=700.0, head_dim=6), torch.bfloat16, False)])
@@ -448,7 +456,8 @@ def test_a_named_encoding_converts_exactly(name, tmp_path):
         assert theirs.encode(text).ids == ours.encode(text), text
     assert [theirs.token_to_id(token) for token in SPECIAL_TOKENS] == [ours.special_ids[t] for t in SPECIAL_TOKENS]
     arguments = ["--model_path", str(save(tmp_path / "named.pt", ours)), "--output_dir", str(tmp_path)]
-    assert main([*arguments, "--format", "gguf"]) == (2 if name == "o200k_base" else 0)
+    if "gguf" in INSTALLED:
+        assert main([*arguments, "--format", "gguf"]) == (2 if name == "o200k_base" else 0)
 
 
 def test_the_model_cards_say_how_it_was_trained_and_how_to_load_it(exported):
@@ -518,6 +527,7 @@ def change_one_merge_and_lose_the_chats(folder: Path) -> None:
     edit_json(folder / "config.json", lambda values: values.update(chat=False))
 
 
+@needs_llama_cpp
 def test_damaged_artifacts_fail_and_the_previous_ones_stay(exported, checkpoint, tmp_path, monkeypatch, capsys):
     made = exported / "exported_models"
     out = Path(shutil.copytree(made, tmp_path / "out"))
@@ -704,6 +714,7 @@ def test_refusals_are_one_line_with_exit_code_2(checkpoint, tokenizer, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+@needs_llama_cpp
 def test_a_missing_package_is_named_with_its_pip_install(checkpoint, capsys, monkeypatch):
     there = export.importlib.util.find_spec
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if "onnx" in name else there(name))
@@ -714,15 +725,23 @@ def test_a_missing_package_is_named_with_its_pip_install(checkpoint, capsys, mon
     assert [format.name for format in chosen] == [name for name in FORMATS if name not in ("onnx", "web")]
 
 
+@needs_llama_cpp
 def test_a_model_that_llama_cpp_would_read_otherwise_is_left_out_or_refused(tokenizer, tmp_path, capsys):
     values = {**tokenizer.to_dict(), "name": "o200k_base"}
     model = random_model(tokenizer.vocab_size)
     Checkpoint(model.config, model.state_dict(), values).save(tmp_path / "named.pt")
-    line = "gguf takes no model with the tokenizer o200k_base: llama.cpp cuts some texts in other places\n"
+    line = ("gguf takes a trained tokenizer, gpt2 or cl100k_base, not 'o200k_base', whose texts llama.cpp may cut in "
+            "other places\n")
     assert refused(capsys, "--model_path", tmp_path / "named.pt", "--format", "gguf") == "export.py: " + line
     chosen = export.choose_formats("all", open_source(str(tmp_path / "named.pt"), None))
     assert capsys.readouterr().err == "left out: " + line
     assert [format.name for format in chosen] == [name for name in FORMATS if name != "gguf"]
+
+
+def test_a_web_folder_beyond_what_an_onnx_file_can_hold_is_refused(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(formats, "ONNX_FILE_LIMIT", 1000)
+    assert refused(capsys, "--model_path", checkpoint, "--format", "web") == (
+        "export.py: web takes no model beyond 2 GB, where an ONNX file ends\n")
 
 
 def test_a_format_that_does_without_safetensors_does_not_ask_for_it(checkpoint, tmp_path, monkeypatch):
@@ -733,6 +752,7 @@ def test_a_format_that_does_without_safetensors_does_not_ask_for_it(checkpoint, 
         (tmp_path / "nowhere/at all").write_text("")
 
 
+@needs_llama_cpp
 def test_a_full_disk_is_one_line_and_the_previous_export_stays(checkpoint, tmp_path, capsys, monkeypatch):
     (tmp_path / "model.pt").write_text("previous")
     arguments = ["--model_path", checkpoint, "--output_dir", tmp_path, "--format"]

@@ -85,6 +85,6 @@ def test_both_readmes_have_the_same_chapters_and_the_same_code():
     assert len(re.findall(r"(?m)^#+ ", chinese)) == len(re.findall(r"(?m)^#+ ", english))
 
     def code(text):
-        return re.findall(r"(?ms)^```(?:bash|python)\n(.*?)^```", text)
+        return re.findall(r"(?ms)^```(?:bash|python|js)\n(.*?)^```", text)
 
     assert code(chinese) == code(english)
