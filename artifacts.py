@@ -283,9 +283,9 @@ def start_session(path: Path):
 
 def open_onnx(path: Path, device: str) -> Runtime:
     texts = read_onnx_texts(path)
-    if (path.parent.parent / "config.json").exists():
-        raise InputError(f"{path}: a part of the folder {path.parent.parent}; give that")
     if "config.json" not in texts or "tokenizer.json" not in texts:
+        if (path.parent.parent / "config.json").exists():
+            raise InputError(f"{path}: a part of the folder {path.parent.parent}; give that")
         raise InputError(f"{path}: an ONNX file, but not one that export.py wrote")
     tokenizer = read_tokenizer_json(texts["tokenizer.json"], str(path))
     config, chats = read_exported_config(texts["config.json"], str(path))

@@ -83,9 +83,9 @@ def _split(prepared: Prepared) -> dict[str, tuple[np.ndarray, np.ndarray, np.nda
     if len(kinds) >= 20:
         # A few texts among chats hold most of the nats, and are learnt by heart while the chats still get better: with
         # them the lowest loss was that of a model which answered 82 % of the held-out questions, the last one 87 %.
-        chats = kinds == CHAT
-        mostly = chats.sum() >= 20 and 2 * (stops - starts)[chats].sum() > (stops - starts).sum()
-        eligible = chats if mostly else np.ones(len(kinds), dtype=bool)
+        is_chat = kinds == CHAT
+        mostly = is_chat.sum() >= 20 and 2 * (stops - starts)[is_chat].sum() > (stops - starts).sum()
+        eligible = is_chat if mostly else np.ones(len(kinds), dtype=bool)
         held = eligible & (prepared.checksums % 20 == 0)
         if held[eligible].all() or not held.any():  # never so for a real corpus, but both sides must have something
             held = eligible & (prepared.checksums == prepared.checksums[eligible].min())

@@ -70,6 +70,10 @@ def compare_ids(found, wanted):
     texts += len(wanted)
     texts_equal += sum(a == b for a, b in zip(found, wanted))
 
+def compare_chat(*signs):
+    if any(bool(sign) != expected["config"]["chat"] for sign in signs):
+        problems.append("chats, but no chat template, or the other way round")
+
 def decode_greedily(prompt, count):
     ids = list(prompt)
     for _ in range(count):

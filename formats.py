@@ -12,6 +12,7 @@ import shutil
 import warnings
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, Tuple
 
@@ -60,8 +61,17 @@ class Source:
         return json.dumps({"model_type": "gpt", **self.config.to_dict(), "chat": self.is_chat}, indent=2) + "\n"
 
     @property
+    def title(self) -> str:
+        return f"A GPT of {self.config.parameter_count() / 1e6:.1f} million parameters"
+
+    @cached_property
+    def tokenizer_document(self) -> dict:
+        """tokenizer.json, made once for all formats: recovering the merges of a large vocabulary takes a second."""
+        return tokenizer_json(self.tokenizer)
+
+    @property
     def tokenizer_text(self) -> str:
-        return json.dumps(tokenizer_json(self.tokenizer), ensure_ascii=False) + "\n"
+        return json.dumps(self.tokenizer_document, ensure_ascii=False) + "\n"
 
 
 @contextmanager
@@ -267,7 +277,7 @@ def model_card(source: Source, library: str, snippet: str, notes: str) -> str:
 library_name: {library}
 pipeline_tag: text-generation
 ---
-# A GPT of {config.parameter_count() / 1e6:.1f} million parameters
+# {source.title}
 
 A decoder-only Transformer with the architecture of {"Qwen3" if config.qk_norm else "Llama"}: RMSNorm, rotary positions,
 grouped-query attention, SwiGLU, no biases. It saw at most {config.context_length} tokens at a time.
@@ -371,9 +381,7 @@ TRANSFORMERS_PROBE = """
 config_text = None
 tokenizer_text = open("exported_models/transformers/tokenizer.json", encoding="utf-8").read()
 assert type(model).__module__.startswith("transformers."), "not a stock class of transformers"
-is_chat = expected["config"]["chat"]
-if model.config.chat != is_chat or bool(tokenizer.chat_template) != is_chat:
-    problems.append("chats, but no chat template, or the other way round")
+compare_chat(model.config.chat, tokenizer.chat_template)
 model = model.float()
 
 def compute_logits(ids):
@@ -395,8 +403,11 @@ for messages, prompted, ids in expected["chats"]:
 """
 
 
-def transformers_texts(source: Source) -> Dict[str, str]:
-    """The contents, by file name, of all that a transformers folder holds besides its weights and model card."""
+def transformers_texts(source: Source, **more) -> Dict[str, str]:
+    """The contents, by file name, of all that a transformers folder holds besides its weights and model card.
+
+    `more` goes into config.json.
+    """
     tokenizer, weights = source.tokenizer, source.checkpoint.weights
     end_of_text, _, im_end = SPECIAL_TOKENS
     ends, pad_id = [im_end, end_of_text] if source.is_chat else [end_of_text], tokenizer.end_of_text_id
@@ -405,7 +416,7 @@ def transformers_texts(source: Source) -> Dict[str, str]:
     special = {"bos_token": None, "eos_token": ends[0], "pad_token": end_of_text, "unk_token": None}
     template = {"chat_template": CHAT_TEMPLATE} if source.is_chat else {}
     documents = {
-        "config.json": {**config, "chat": source.is_chat},
+        "config.json": {**config, "chat": source.is_chat, **more},
         "generation_config.json": {"bos_token_id": None, "eos_token_id": end_ids, "pad_token_id": pad_id},
         "special_tokens_map.json": {name: token for name, token in special.items() if token},
         "tokenizer_config.json": {
@@ -566,8 +577,7 @@ tokenizer_text = open(folder + "tokenizer.json", encoding="utf-8").read()
 config_text = None
 config = json.load(open(folder + "config.json", encoding="utf-8"))
 tokenizer_config = json.load(open(folder + "tokenizer_config.json", encoding="utf-8"))
-if not config["chat"] == ("chat_template" in tokenizer_config) == expected["config"]["chat"]:
-    problems.append("chats, but no chat template, or the other way round")
+compare_chat(config["chat"], tokenizer_config.get("chat_template"))
 names = [put.name for put in session.get_inputs()[3:]]
 
 def extend(past, ids):
@@ -651,10 +661,9 @@ def write_web(source: Source, folder: Path) -> None:
             WithPast(source.model).eval(), example, dynamo=True, opset_version=ONNX_OPSET, external_data=False,
             input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{n}" for n in names)],
             output_names=["logits", *(f"present.{n}" for n in names)], dynamic_shapes=shapes, verbose=False)
-    texts = transformers_texts(source)
     # Without a word transformers.js takes a quantized model in a browser, which is not here.
-    web = {"dtype": "float32", "torch_dtype": "float32", "transformers.js_config": {"dtype": "fp32"}}
-    texts["config.json"] = json.dumps(json.loads(texts["config.json"]) | web, indent=2) + "\n"
+    kind = {"dtype": "float32", "torch_dtype": "float32", "transformers.js_config": {"dtype": "fp32"}}
+    texts = transformers_texts(source, **kind)
     notes = WEB_NOTES % WEB_CHAT if source.is_chat else WEB_NOTES % WEB_CONTINUE + PLAIN_TEXT_NOTES
     texts["README.md"] = model_card(source, "transformers.js", WEB_SNIPPET, notes)
     with writing(folder):
@@ -715,8 +724,7 @@ def encode(text, special):
     return list(llm.vocab.tokenize(text, False, special))
 
 template = llm.model.get_default_chat_template()
-if bool(template) != expected["config"]["chat"]:
-    problems.append("chats, but no chat template, or the other way round")
+compare_chat(template)
 if not llm.vocab.is_eog(llm.vocab.token_eos()):
     problems.append("no token ends a reply")
 compare_ids([encode(text, False) for text in expected["texts"]], expected["ids"])
@@ -764,13 +772,13 @@ def to_gguf(weights: Dict[str, Tensor], config: GPTConfig) -> Dict[str, Tensor]:
 def write_gguf(source: Source, path: Path) -> None:
     import gguf
     config, tokenizer = source.config, source.tokenizer
-    vocabulary = tokenizer_json(tokenizer)["model"]
+    vocabulary = source.tokenizer_document["model"]
     tokens, kinds = [f"[unused {i}]" for i in range(config.vocab_size)], [gguf.TokenType.UNUSED] * config.vocab_size
     for token, i in vocabulary["vocab"].items():
         tokens[i] = token
         kinds[i] = gguf.TokenType.CONTROL if token in tokenizer.special_ids else gguf.TokenType.NORMAL
     with writing(path), closing(gguf.GGUFWriter(path, "qwen3" if config.qk_norm else "llama")) as writer:
-        writer.add_name(f"A GPT of {config.parameter_count() / 1e6:.1f} million parameters")
+        writer.add_name(source.title)
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         writer.add_vocab_size(config.vocab_size)
         writer.add_context_length(config.context_length)

@@ -320,6 +320,13 @@ BAD_ARTIFACTS = {
 }
 
 
+def test_an_onnx_file_opens_wherever_it_lies(artifacts, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "exported_models").mkdir()
+    path = Path(shutil.copy(artifacts["onnx"], tmp_path / "exported_models"))
+    assert open_model(path, "cpu").kind == "ONNX"
+
+
 @pytest.mark.parametrize("words", BAD_ARTIFACTS)
 def test_a_bad_artifact_is_refused_in_one_line_with_exit_code_2(artifacts, tmp_path, capsys, words):
     path = BAD_ARTIFACTS[words](artifacts, tmp_path)
