@@ -279,8 +279,8 @@ env.localModelPath = "exported_models/";
 
 
 def test_transformers_js_gives_our_tokens(exported, checkpoint, tokenizer):
-    if not shutil.which("node") or subprocess.run(["node", "-e", "require('@huggingface/transformers')"], check=False,
-                                                  capture_output=True).returncode:
+    if not shutil.which("node") or subprocess.run(["node", "-e", "require('@huggingface/transformers')"], cwd=exported,
+                                                  check=False, capture_output=True).returncode:
         pytest.skip("needs node and its package @huggingface/transformers; runs where NODE_PATH leads to it")
     texts = [text for text in fuzz_texts(2000) if not any(token in text for token in SPECIAL_TOKENS)]
     prompt, messages = [7, 260, 31], [{"role": "user", "content": "  去火车站 怎么走？\n"}]
