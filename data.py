@@ -343,8 +343,9 @@ def token_vectors(prepared: Prepared, width: int) -> torch.Tensor:
     """(V, width) float32, of mean square 1: alike for tokens that stand in like places of the training text.
 
     The largest singular directions of the positive pointwise mutual information of each token with the commonest ones
-    at each of NEIGHBOURS (Levy & Goldberg 2014, Neural Word Embedding as Implicit Matrix Factorization). Tokens that
-    never occur get random ones. Draws from torch's generator; of a large corpus a sample of 8M tokens is read.
+    at each of NEIGHBOURS (Levy & Goldberg 2014, Neural Word Embedding as Implicit Matrix Factorization). What stands
+    beside one spelling of a word counts for the others too, so that a rare "Please" starts close to a common " please".
+    Words that never occur get random ones. Draws from torch's generator; of a large corpus 8M tokens are read.
     """
     size, total, sample = prepared.tokenizer.vocab_size, len(prepared.tokens), 1 << 23
     spans = range(0, total, max(1, -(-total // 64)))
@@ -358,11 +359,12 @@ def token_vectors(prepared: Prepared, width: int) -> torch.Tensor:
     rank = np.full(size + 1, contexts)
     common = np.argsort(-np.bincount(ids, minlength=size + 1)[:size], kind="stable")[:contexts]
     rank[common] = np.arange(contexts)
-    information = torch.zeros(size, len(NEIGHBOURS) * contexts)
+    information, word = torch.zeros(size, len(NEIGHBOURS) * contexts), _words(prepared.tokenizer)
     for number, step in enumerate(NEIGHBOURS):
         token, context = ids[max(0, -step):len(ids) - max(0, step)], rank[ids[max(0, step):len(ids) + min(0, step)]]
         pairs = (token * contexts + context)[(token < size) & (context < contexts)]
         counts = torch.from_numpy(np.bincount(pairs, minlength=size * contexts).reshape(size, contexts)).float()
+        counts += torch.zeros_like(counts).index_add_(0, word, counts)[word]
         usual = counts.sum(0) ** 0.75  # so that rare contexts do not outweigh the rest
         ratio = counts / counts.sum(1, keepdim=True).clamp(min=1) / (usual / usual.sum().clamp(min=1)).clamp(min=1e-9)
         information[:, number * contexts:(number + 1) * contexts] = ratio.log().clamp(min=0)
@@ -373,6 +375,14 @@ def token_vectors(prepared: Prepared, width: int) -> torch.Tensor:
     vectors -= vectors[occurs].mean(0)
     vectors[~occurs] = torch.randn(int((~occurs).sum()), width)
     return vectors / vectors.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
+
+
+def _words(tokenizer: Tokenizer) -> torch.Tensor:
+    """(V,) of each token the first that is the same word, but for capitals and for blanks and quotes around it."""
+    first: dict[object, int] = {}
+    texts = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))
+    return torch.tensor([first.setdefault(token if "\ufffd" in text else text.strip(" \"“”'").lower() or text, token)
+                         for token, text in enumerate(texts)])
 
 
 # ----------------------------------------------------------------------------------------------------- packing
@@ -578,9 +588,8 @@ class Packed:
                      documents: np.ndarray) -> None:
         """Swaps words of copies for other words, alike in question and answer, for others in each epoch.
 
-        A copy is a chat whose last answer says what was said before it: 70 % of its pairs of neighbouring tokens (a
-        first word has other tokens where no blank is before it), two at least, and the last one. With the same words
-        in each epoch it would be learnt by heart; so changed, only copying helps.
+        A copy is a chat whose last answer repeats or recalls what was said before it. With the same words in each epoch
+        it would be learnt by heart; so changed, only copying helps.
         """
         for row, index in enumerate(indices.tolist()):
             numbers, starts = np.unique(documents[row], return_index=True)
@@ -594,9 +603,12 @@ class Packed:
     def _copied(self, input_ids: np.ndarray, targets: np.ndarray) -> Optional[tuple[np.ndarray, np.ndarray]]:
         """Of a copy, the tokens that its last answer has in common with what came before, and which slots (T,) are its.
 
-        Of what was said in between, about other things, nothing is: a swap would make it untrue. None for all else.
+        An answer repeats if 70 % of its pairs of neighbouring tokens were said before (a first word has other tokens
+        where no blank is before it), two at least, and the last one. It recalls if 60 % of its words were told in one
+        earlier question and none of these is in its own: "I am Ann." ... "Who am I?" "Your name is Ann."
+        Exchanges about other things are none of its slots: a swap would make them untrue. None for all else.
         """
-        tokenizer = self.prepared.tokenizer
+        tokenizer, kinds = self.prepared.tokenizer, self._kinds_of_words()
         learnt = np.flatnonzero((targets >= 0) & (targets != tokenizer.im_end_id))
         if not 3 <= len(learnt) < len(targets) - 2:
             return None
@@ -604,13 +616,21 @@ class Packed:
         before, answer = input_ids[:first + 1].tolist(), targets[first:learnt[-1] + 1].tolist()
         said, answered = list(zip(before, before[1:], strict=False)), list(zip(answer, answer[1:], strict=False))
         earlier, later = set(said), set(answered)
-        copied = [pair in earlier for pair in answered]
-        if not copied or not copied[-1] or sum(copied) < max(2, 0.7 * len(copied)):
-            return None
+        repeated = [pair in earlier for pair in answered]
         turns = _places(tokenizer._headers["user"], input_ids)
         exchange = np.searchsorted(turns, np.arange(len(input_ids)), "right")  # the question and answer of each slot
-        sources = exchange[[place for place, pair in enumerate(said) if pair in later]]
-        return np.intersect1d(before, answer), np.isin(exchange, [*sources.tolist(), exchange[-1]])
+        if repeated and repeated[-1] and sum(repeated) >= max(2, 0.7 * len(repeated)):
+            common = set(before) & set(answer)
+            sources = exchange[[place for place, pair in enumerate(said) if pair in later]].tolist()
+        else:
+            words = {token for token in answer if kinds[token]}
+            fed, number, asked = input_ids[:first + 1], exchange[:first + 1], np.append(True, targets[:first] < 0)
+            *questions, own = (set(fed[(number == i) & asked].tolist()) for i in range(number[-1] + 1))
+            common = max((words & told for told in questions), key=len, default=set())
+            if not common or len(common) < 0.6 * len(words) or common & own:
+                return None
+            sources = [i for i in range(number[-1] + 1) if common <= set(fed[number == i].tolist())]
+        return np.array(sorted(common)), np.isin(exchange, [*sources, exchange[first]])
 
     def _swap_words(self, rng: np.random.Generator, common: np.ndarray, slots: np.ndarray, input_ids: np.ndarray,
                     targets: np.ndarray) -> None:

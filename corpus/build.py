@@ -17,7 +17,7 @@ LANGUAGES = ("zh", "en")
 SKILLS = {"talk": "1 greetings", "facts": "2 facts", "math": "3 sums", "memory": "4 memory", "words": "5 words",
           "stories": "6 stories", "unknown": "7 not knowing"}
 # Conversations a file. Chinese comes first; a file stops earlier where its phrasings run out.
-SIZES = {"talk": (1770, 1500), "facts": (1715, 1520), "math": (1570, 1330), "memory": (830, 700),
+SIZES = {"talk": (1770, 1500), "facts": (1715, 1520), "math": (1530, 1295), "memory": (830, 700),
          "words": (1720, 1450), "stories": (265, 225), "unknown": (760, 640), "mixed": (100, 80),
          "text": (380, 260)}
 HELD_OUT_EACH = 60  # held-out items a skill and language
@@ -643,8 +643,8 @@ def subject(rng: Dealer, language: str, held: bool) -> tuple[str, str, str, bool
     return name, name, re.sub("^an? ", "the ", name), True
 
 
-def stories(rng: Dealer, language: str, held: bool = False) -> Turn:
-    """A very short story or a verse on a subject."""
+def tale(rng: Dealer, language: str, held: bool = False) -> tuple[Turn, str, str]:
+    """A very short story or a verse on a subject; which of the two; the subject."""
     asked, one, name, alive = subject(rng, language, held and rng.random() < 0.5)
     words = {"one": one, "s": name, "S": capital(name)}
     kind = rng.choice(["story", "story", "verse"])
@@ -657,7 +657,22 @@ def stories(rng: Dealer, language: str, held: bool = False) -> Turn:
     else:
         text = expand(rng, phrase(rng, STORIES[f"ask_{kind}"][language], held), s=asked)
     key = re.sub("^(the|a|an|my) ", "", name)
-    return Turn(spoken(rng, text, language, held), answer, (key,), "story")
+    turn = Turn(spoken(rng, text, language, held), answer, (key,), "story")
+    return turn, kind, name if language == "zh" else asked
+
+
+def stories(rng: Dealer, language: str, held: bool = False) -> Turn:
+    """A very short story or a verse on a subject."""
+    return tale(rng, language, held)[0]
+
+
+def tale_and_subject(rng: Dealer, language: str) -> list[Turn]:
+    """A story or a verse, and often the question what it is about."""
+    turn, kind, subject = tale(rng, language)
+    if rng.random() < 0.5:
+        return [turn]
+    text = expand(rng, rng.deal(STORIES["ask_subject"][language][kind]))
+    return [turn, Turn(spoken(rng, text, language), STORIES["tell_subject"][language][kind].replace("{s}", subject))]
 
 
 # ------------------------------------------------------------------------------------------------ 7 not knowing
@@ -775,7 +790,7 @@ def conversation(rng: Dealer, language: str, topic: str) -> list[Turn]:
         return mixed(rng, language)
     before = [any_turn(rng, rng.choices([language, *LANGUAGES], [0.88, 0.06, 0.06])[0])
               for _ in range(rng.choices([0, 1, 2], [66, 24, 10])[0])]
-    return [*before, SINGLE[topic](rng, language)]
+    return [*before, *(tale_and_subject(rng, language) if topic == "stories" else [SINGLE[topic](rng, language)])]
 
 
 def training(held_texts: set[str]) -> Iterator[tuple[str, dict]]:

@@ -361,6 +361,35 @@ def test_words_of_a_copy_are_swapped_alike_in_question_and_answer_and_nothing_el
     assert recalled > 8
 
 
+def test_what_a_last_answer_recalls_is_swapped_wherever_it_was_said_and_nowhere_else(tmp_path):
+    """However the answer is worded, and not where its own question already names what it is about."""
+    names = [f"{a}o {b}en" for a in "bdfgklmnprstvz" for b in "bdfgklmnprstvz"]
+    recalling = ["I am {}, hello", "Nice to meet you, {}!", "Can a fish swim", "A fish can swim.", "Who is this",
+                 "Your name is {}."]
+    naming = ["I am {}, hello", "Nice to meet you, {}!", "How old is {} now", "{} must be nine."]
+    lines = [json.dumps({"messages": [{"role": role, "content": text.format(name)} for role, text in
+                                      zip(["user", "assistant"] * 3, turns, strict=False)]})
+             for name in names * 2 for turns in (recalling, naming)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    words = sorted({word for text in [*recalling, *naming, *names] for word in re.findall("[A-Za-z]+", text)})
+    tokenizer = Tokenizer.train([f" {word}\n{word}" for word in words] * 3, 700)
+    prepared = prepare(tmp_path / "chats.jsonl", tokenizer, None, tmp_path / "cache")
+    plain, varied = (Packed(prepared, prepared.documents[:-1], prepared.documents[1:], prepared.kinds, 256, 0, vary)
+                     for vary in (False, True))
+    whole = re.compile(r"I am(.*), hello.*you,(.*)!.*fish swim.*is(.*)\.", re.DOTALL)
+    rows, changed = range(plain.rows(0)), 0
+    for before, after in zip(documents_of(plain.batch(0, rows)), documents_of(varied.batch(0, rows)), strict=True):
+        old, new = tokenizer.decode(before[0]), tokenizer.decode(after[0])
+        if whole.search(old):  # others are about how old someone is, or cut to fit their row
+            told, greeted, recalled = whole.search(new).groups()
+            assert told == greeted == recalled
+            assert old.replace(whole.search(old)[1], told) == new
+            changed += old != new
+        else:
+            assert "swim" in old or old == new
+    assert changed > 100
+
+
 def test_the_commonest_words_of_a_corpus_are_never_swapped(tmp_path):
     prepared = copying_corpus(tmp_path, times=250)  # each of its few words is among them, save those told of a dog
     plain, varied = (Packed(prepared, prepared.documents[:-1], prepared.documents[1:], prepared.kinds, 256, 0, vary)
@@ -494,6 +523,21 @@ def test_tokens_with_like_neighbours_start_alike(tmp_path):
         return torch.cosine_similarity(vectors[a], vectors[b], 0)
 
     assert min(like("cat", "dog"), like("sees", "finds")) > 0.6 > 0.3 > max(like("cat", "sees"), like("finds", "dog"))
+
+
+def test_a_rare_spelling_of_a_word_starts_close_to_the_common_one(tmp_path):
+    rng = random.Random(0)
+    lines = [f"the {rng.choice(['cat', 'dog'])} {rng.choice(['sees', 'finds'])} it" for _ in range(2000)]
+    lines += ["Cat food", "Sees all"] * 2
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    prepared = prepare(tmp_path / "a.jsonl", None, 300, tmp_path / "cache")
+    vectors = token_vectors(prepared, 16)
+
+    def like(one, other):
+        (a,), (b,) = prepared.tokenizer.encode(one), prepared.tokenizer.encode(other)
+        return torch.cosine_similarity(vectors[a], vectors[b], 0)
+
+    assert min(like("Cat", " cat"), like("Sees", " sees")) > 0.5 > 0.2 > max(like("Cat", " sees"), like("Sees", " cat"))
 
 
 def test_where_a_token_starts_owes_nothing_to_the_validation_text(tmp_path):

@@ -1,8 +1,10 @@
 """tokenizer.py: parity with other tokenizers and the template, round trips, refusals."""
 
+import itertools
 import json
 import os
 import random
+import re
 
 import pytest
 import torch
@@ -87,8 +89,18 @@ def test_characters_come_before_the_phrases_they_make_up():
     small = Tokenizer.train([sentence] * 100 + ["Good day"] * 100 + ["独"], 259 + 2 * 40)
     assert all(len(small.encode(character)) == 1 for character in sentence)
     assert len(small.encode("独")) > 1  # seen once: not worth a token
-    assert len(small.encode(sentence)) < len(sentence) // 2
+    assert len(small.encode(sentence)) < len(sentence)
     assert len(small.encode("Good day")) == 2
+
+
+def test_no_token_has_more_than_two_chinese_characters_and_the_vocabulary_is_full_all_the_same():
+    """A phrase that is one token has nothing in common with the same phrase in other words."""
+    pairs = ["".join(pair) for pair in itertools.permutations("法国的首都是巴黎请问", 2)]
+    tokenizer = Tokenizer.train(["，请问法国的首都是哪里"] * 100 + pairs * 2 + ["the capital of France"] * 50, 360)
+    assert tokenizer.vocab_size == 360
+    longest = max(len(re.findall("[一-龥]", token.decode(errors="ignore"))) for token in tokenizer.ranks)
+    assert longest == 2
+    assert len(tokenizer.encode(" capital")) == 1  # words with blanks between them may be longer
 
 
 def test_no_token_joins_what_stands_on_both_sides_of_a_character_without_one():
