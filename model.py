@@ -661,7 +661,8 @@ class Checkpoint:
             os.replace(aside, path)
         except (OSError, RuntimeError) as error:  # torch wraps a full disk into a RuntimeError
             aside.unlink(missing_ok=True)
-            raise InputError(f"cannot write {path}: {error}".splitlines()[0]) from error
+            reason = error.__context__ or error  # what the disk said, before torch spoke of positions in the file
+            raise InputError(f"cannot write {path}: {reason}".splitlines()[0]) from error
 
     @classmethod
     def load(cls, path) -> "Checkpoint":
