@@ -380,9 +380,8 @@ def token_vectors(prepared: Prepared, width: int) -> torch.Tensor:
 def _words(tokenizer: Tokenizer) -> torch.Tensor:
     """(V,) of each token the first that is the same word, but for capitals and for blanks and quotes around it."""
     first: dict[object, int] = {}
-    texts = (tokenizer.decode([token]) for token in range(tokenizer.vocab_size))
     return torch.tensor([first.setdefault(token if "\ufffd" in text else text.strip(" \"“”'").lower() or text, token)
-                         for token, text in enumerate(texts)])
+                         for token, text in enumerate(tokenizer.token_texts())])
 
 
 # ----------------------------------------------------------------------------------------------------- packing
@@ -649,10 +648,9 @@ class Packed:
         Those make up the question and the form of the answer more than what is copied.
         """
         if self._word_kinds is None:
-            tokenizer, sample = self.prepared.tokenizer, self._tokens[:1 << 23]
-            texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
+            sample = self._tokens[:1 << 23]
             kinds = np.array([next((number for number, pattern in enumerate(WORDS, 1) if pattern.fullmatch(text)), 0)
-                              for text in texts])
+                              for text in self.prepared.tokenizer.token_texts()])
             kinds[np.bincount(sample, minlength=len(kinds)) > max(200, len(sample) / 2000)] = 0
             self._word_kinds = kinds
         return self._word_kinds

@@ -148,8 +148,9 @@ class Tokenizer:
         trainable = Trainable(models.BPE())
         trainable.pre_tokenizer = pre_tokenizers.Split(Regex(PATTERN), "isolated")
         room = vocab_size - len(SPECIAL_TOKENS)
-        trainer = trainers.BpeTrainer(  # half as many again, for those left out below
-            vocab_size=len(symbols) + room + room // 2 - len(ranks), min_frequency=2,
+        spare = room // 2 if HAN.search("".join(alphabet)) else 0  # for those left out below
+        trainer = trainers.BpeTrainer(
+            vocab_size=len(symbols) + room + spare - len(ranks), min_frequency=2,
             show_progress=False, initial_alphabet=symbols, limit_alphabet=len(symbols))
         trainable.train_from_iterator((piece for part in parts for piece in uncovered.split(part)), trainer)
         for token, _ in sorted(trainable.get_vocab().items(), key=lambda item: item[1]):
@@ -253,6 +254,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the tokens, with U+FFFD where the bytes are no whole character."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def token_texts(self) -> list[str]:
+        """The text of each token by itself, by id."""
+        return [self.decode([token]) for token in range(self.vocab_size)]
 
 
 def byte_of_character() -> dict[str, int]:

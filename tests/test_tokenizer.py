@@ -89,7 +89,7 @@ def test_characters_come_before_the_phrases_they_make_up():
     small = Tokenizer.train([sentence] * 100 + ["Good day"] * 100 + ["独"], 259 + 2 * 40)
     assert all(len(small.encode(character)) == 1 for character in sentence)
     assert len(small.encode("独")) > 1  # seen once: not worth a token
-    assert len(small.encode(sentence)) < len(sentence)
+    assert len(small.encode(sentence)) <= 2 * len(sentence) // 3
     assert len(small.encode("Good day")) == 2
 
 
