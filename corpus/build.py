@@ -17,9 +17,9 @@ LANGUAGES = ("zh", "en")
 SKILLS = {"talk": "1 greetings", "facts": "2 facts", "math": "3 sums", "memory": "4 memory", "words": "5 words",
           "stories": "6 stories", "unknown": "7 not knowing"}
 # Conversations a file. Chinese comes first; a file stops earlier where its phrasings run out.
-SIZES = {"talk": (1770, 1500), "facts": (1715, 1520), "math": (1530, 1295), "memory": (830, 700),
+SIZES = {"talk": (1770, 1500), "facts": (1715, 1520), "math": (1530, 1295), "memory": (900, 760),
          "words": (1720, 1450), "stories": (265, 225), "unknown": (760, 640), "mixed": (100, 80),
-         "text": (380, 260)}
+         "text": (240, 165)}
 HELD_OUT_EACH = 60  # held-out items a skill and language
 OPTIONAL = re.compile(r"(\[[^\[\]]*\]|[\u4e00-\u9fff，“”])\?(?!$)")
 CHOICE = re.compile(r"\[([^\[\]]*)\]")
@@ -461,6 +461,7 @@ HELD_NAMES = held_names()
 HELD_NAME_PARTS = [name[1:] for name in HELD_NAMES["zh"]] + [name.lower() for name in HELD_NAMES["en"]]
 MEMORY = BANKS["memory"]
 KINDS = (*["name"] * 5, "age", "live", *MEMORY["liked"])
+KINDS_TOGETHER = (*["name"] * 4, *["age"] * 3, *["live"] * 3, *MEMORY["liked"])  # as people introduce themselves
 
 
 class Fact(NamedTuple):
@@ -489,6 +490,27 @@ def draw_fact(rng: Dealer, language: str, kind: str, held: bool) -> Fact:
     return Fact(bank[language], {"v": value, "V": capital(value), **words}, kind)
 
 
+def noted(rng: Dealer, language: str, told: list[Fact]) -> str:
+    """The assistant's word that it has taken note of several facts."""
+    shorts = [expand(rng, fact.bank["short"], **fact.words) for fact in told if fact.kind != "name"]
+    name = next((fact.words["v"] for fact in told if fact.kind == "name"), None)
+    if language == "zh":
+        return (f"{name}，你好！" if name else "好的，") + "我记住了，" + "，".join(shorts) + "。"
+    return (f"Hello, {name}! " if name else "All right. ") + "I will remember that " + " and ".join(shorts) + "."
+
+
+def plainly(rng: Dealer, language: str, told: list[Fact]) -> str:
+    """Several facts in one sentence, each in the plain words that most people choose."""
+    parts = [expand(rng, rng.choice(fact.bank["plain"]), **fact.words) for fact in told]
+    if parts[0][0] in "我I" and rng.random() < 0.5:  # "I am Ann and live in Rome"
+        parts[1:] = [re.sub("^(我(?!家)|I )", "", part.replace("I'm ", "I am ")) for part in parts[1:]]
+    if language == "zh":
+        opening, text = rng.choice(["", "", "", "你好，", "大家好，"]), rng.choice("，，，， ").join(parts)
+        return opening + text + rng.choice(["。", "。", ""])
+    opening, last = rng.choice(["", "", "", "Hi, ", "Hello, "]), rng.choice([" and ", " and ", ", and ", ", "])
+    return capital(opening + ", ".join(parts[:-1]) + last + parts[-1]) + rng.choice([".", ".", ""])
+
+
 def tell(rng: Dealer, language: str, told: list[Fact], held: bool) -> tuple[str, str]:
     """What the user says to tell one fact or several at once, and the assistant's word that it has taken note."""
     texts = [expand(rng, draw(rng, fact.bank, "heldout_tell" if held else "tell"), **fact.words) for fact in told]
@@ -498,16 +520,13 @@ def tell(rng: Dealer, language: str, told: list[Fact], held: bool) -> tuple[str,
     if len(told) == 1:
         hasty = language == "en" and not held and told[0].kind != "name" and rng.random() < 0.06
         return texts[0].lower() if hasty else texts[0], expand(rng, told[0].bank["said"][0], **told[0].words)
+    if not held and rng.random() < 0.5:
+        return plainly(rng, language, told), noted(rng, language, told)
     mark, stop = ("，", "。") if language == "zh" else (". ", ".")
     opening = re.compile("记住，|你好，|嗨，|您好，|Remember that |Hello, |Hi, |hi |hello, ")
     later = [opening.sub("", part, count=1) for part in texts[1:]]
     text = mark.join(capital(part).rstrip("。.！!，,") for part in [texts[0], *later]) + stop
-    noted = [expand(rng, fact.bank["short"], **fact.words)
-             for fact in told if fact.kind != "name"]
-    name = next((fact.words["v"] for fact in told if fact.kind == "name"), None)
-    if language == "zh":
-        return text, (f"{name}，你好！" if name else "好的，") + "我记住了，" + "，".join(noted) + "。"
-    return text, (f"Hello, {name}! " if name else "All right. ") + "I will remember that " + " and ".join(noted) + "."
+    return text, noted(rng, language, told)
 
 
 def recall(rng: Dealer, language: str, fact: Fact, held: bool, known: bool = True) -> Turn:
@@ -522,13 +541,14 @@ def recall(rng: Dealer, language: str, fact: Fact, held: bool, known: bool = Tru
 def memory(rng: Dealer, language: str, held: bool = False) -> tuple[list[Turn], Turn]:
     """The turns before the last, and the last: things told, other talk between, one of the things asked for."""
     nothing_told = not held and rng.random() < 0.06
-    kinds = [] if nothing_told else list(dict.fromkeys(rng.choice(KINDS) for _ in range(rng.choice([1, 1, 2, 2, 3]))))
+    count = 0 if nothing_told else rng.choice([1, 1, 2, 2, 3])
+    kinds = list(dict.fromkeys(rng.choice(KINDS if held or count == 1 else KINDS_TOGETHER) for _ in range(count)))
     told = [draw_fact(rng, language, kind, held) for kind in kinds]
     new_words = held and rng.random() < 0.5
     turns: list[Turn] = []
     if rng.random() < 0.15:
         turns.append(talk(rng, language, name="hello"))
-    if len(told) > 1 and rng.random() < 0.4:
+    if len(told) > 1 and rng.random() < (0.4 if held else 0.6):
         turns.append(Turn(*tell(rng, language, told, new_words)))
     else:
         for fact in told:
