@@ -688,11 +688,11 @@ def stories(rng: Dealer, language: str, held: bool = False) -> Turn:
 
 def tale_and_subject(rng: Dealer, language: str) -> list[Turn]:
     """A story or a verse, and often the question what it is about."""
-    turn, kind, subject = tale(rng, language)
+    turn, kind, name = tale(rng, language)
     if rng.random() < 0.5:
         return [turn]
     text = expand(rng, rng.deal(STORIES["ask_subject"][language][kind]))
-    return [turn, Turn(spoken(rng, text, language), STORIES["tell_subject"][language][kind].replace("{s}", subject))]
+    return [turn, Turn(spoken(rng, text, language), STORIES["tell_subject"][language][kind].replace("{s}", name))]
 
 
 # ------------------------------------------------------------------------------------------------ 7 not knowing
